@@ -1,0 +1,161 @@
+"""Layers by alias, and layers from URLs.
+
+Rules:
+- the registry opens and closes nothing: whoever made a layer does.
+- in a URL the scheme says which layer, the query gives its options; what it does not know is an error that lists what
+  there is. Options that a URL cannot say (functions, mappings) are keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+from .base import BaseChannelLayer
+
+__all__ = [
+    "ChannelLayerRegistry",
+    "channel_layers",
+    "create_channel_layer",
+    "get_channel_layer",
+    "has_layers",
+    "register_channel_layer",
+    "unregister_channel_layer",
+]
+
+
+class ChannelLayerRegistry:
+    """Channel layers by alias."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._layers: dict[str, BaseChannelLayer] = {}
+
+    def __repr__(self) -> str:
+        """List the aliases."""
+        return f"<ChannelLayerRegistry {self.list_aliases()}>"
+
+    def register(self, alias: str, layer: BaseChannelLayer) -> None:
+        """Make ``layer`` known as ``alias``, in the place of one that was. ``TypeError`` for what is no layer."""
+        if not isinstance(alias, str):
+            raise TypeError(f"an alias must be a str, not {alias!r}")
+        if not isinstance(layer, BaseChannelLayer):
+            raise TypeError(f"only a BaseChannelLayer can be registered, not {layer!r}")
+        self._layers[alias] = layer
+
+    def unregister(self, alias: str) -> None:
+        """Forget ``alias``; nothing happens if it is not known. The layer is not closed."""
+        self._layers.pop(alias, None)
+
+    def get(self, alias: str) -> BaseChannelLayer | None:
+        """Return the layer known as ``alias``, or ``None``."""
+        return self._layers.get(alias)
+
+    def list_aliases(self) -> list[str]:
+        """Return all aliases, in the order of registration."""
+        return list(self._layers)
+
+    def clear(self) -> None:
+        """Forget all aliases. No layer is closed."""
+        self._layers.clear()
+
+    def __contains__(self, alias: object) -> bool:
+        """Whether ``alias`` is known."""
+        return alias in self._layers
+
+    def __getitem__(self, alias: str) -> BaseChannelLayer:
+        """Return the layer known as ``alias``; the ``KeyError`` for an unknown one lists the known."""
+        try:
+            return self._layers[alias]
+        except KeyError:
+            known = ", ".join(map(repr, self._layers)) or "none"
+            raise KeyError(f"no channel layer is registered as {alias!r}; registered: {known}") from None
+
+    def __len__(self) -> int:
+        """How many aliases are known."""
+        return len(self._layers)
+
+
+channel_layers: Final = ChannelLayerRegistry()
+"""The registry of the process."""
+
+
+def get_channel_layer(alias: str = "default") -> BaseChannelLayer | None:
+    """Return the layer registered as ``alias``, or ``None``."""
+    return channel_layers.get(alias)
+
+
+def register_channel_layer(alias: str, layer: BaseChannelLayer) -> None:
+    """Register ``layer`` as ``alias`` in ``channel_layers``."""
+    channel_layers.register(alias, layer)
+
+
+def unregister_channel_layer(alias: str) -> None:
+    """Forget ``alias`` in ``channel_layers``; nothing happens if it is not known."""
+    channel_layers.unregister(alias)
+
+
+def has_layers() -> bool:
+    """Whether any layer is registered in ``channel_layers``."""
+    return len(channel_layers) > 0
+
+
+def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
+    """Make the layer that ``url`` describes, not yet opened: ``create_channel_layer("memory://?capacity=10")``.
+
+    The query gives the layer's options; ``options`` gives them too, and those that a URL cannot say. Raises ``TypeError``
+    for an option that the layer does not have or that is given twice, ``ValueError`` for an unknown scheme, a value of
+    the wrong form, or a part of the URL that means nothing to the layer.
+    """
+    if not isinstance(url, str):
+        raise TypeError(f"a channel layer URL must be a str, not {url!r}")
+    parts = urlsplit(url)
+    create = _SCHEMES.get(parts.scheme)
+    if create is None:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise ValueError(f"unknown channel layer URL scheme {parts.scheme + '://'!r}; there are: {known}")
+    return create(url, options)
+
+
+def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
+    from .memory import InMemoryChannelLayer  # noqa: PLC0415 - layers are imported when a URL asks for one
+
+    parts = urlsplit(url)
+    if parts.netloc or parts.path.strip("/") or parts.fragment:
+        raise ValueError("a memory:// URL has no host, path or fragment: write memory:// or memory://?capacity=10")
+    in_query = _query_options(
+        parts.query,
+        {"expiry": float, "group_expiry": float, "capacity": int, "max_message_size": int},
+    )
+    _require_known_options(options, (*_COMMON_OPTIONS, "clock"))
+    _require_once(in_query, options)
+    return InMemoryChannelLayer(**in_query, **options)
+
+
+_SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = {"memory": _create_memory}
+_COMMON_OPTIONS: Final = ("expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default")
+
+
+def _query_options(query: str, types: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in types:
+            raise TypeError(f"unknown option {name!r} in a channel layer URL; there are: {', '.join(types)}")
+        _require_once(found, {name: text})
+        try:
+            found[name] = types[name](text)
+        except ValueError:
+            raise ValueError(f"option {name} in a channel layer URL must be a number, not {text!r}") from None
+    return found
+
+
+def _require_known_options(options: dict[str, Any], known: tuple[str, ...]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r} for this channel layer; there are: {', '.join(known)}")
+
+
+def _require_once(first: dict[str, Any], second: dict[str, Any]) -> None:
+    for name in first.keys() & second.keys():
+        raise TypeError(f"option {name!r} of a channel layer is given twice")
