@@ -16,8 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from anyio import NoEventLoopError, current_effective_deadline, get_cancelled_exc_class
-from anyio.abc import AsyncBackend, Event
+from anyio import Event, NoEventLoopError, current_effective_deadline, get_cancelled_exc_class
+from anyio.abc import AsyncBackend
 from anyio.lowlevel import checkpoint, current_token
 
 __all__ = ["CANCELLED", "YIELD_EVERY", "ThreadState", "thread"]

@@ -46,7 +46,7 @@ class Books:
     dropped_full: int = 0
     discarded: int = 0
     occupied: int = 0
-    """How many mailboxes hold an item."""
+    """How many mailboxes that nobody owns hold an item."""
     waiting_receivers: int = 0
     waiting_senders: int = 0
 
@@ -191,10 +191,16 @@ class Mailbox(Expirable, Generic[T]):
     waiters that are to be rung after its release to ``rung``.
     """
 
-    __slots__ = ("_books", "_limit", "_readers", "_room", "_senders", "capacity", "closed", "drop_old", "entries", "track_gaps")
+    __slots__ = ("_books", "_limit", "_readers", "_room", "_senders", "_weight", "capacity", "closed", "drop_old", "entries", "track_gaps")
 
-    def __init__(self, room: Mailroom, capacity: int, *, drop_old: bool = False, track_gaps: bool = False) -> None:
-        """``drop_old``: when full, the oldest item goes for a new one. ``track_gaps``: a ``Gap`` where items go."""
+    def __init__(
+        self, room: Mailroom, capacity: int, *, owned: bool = False, drop_old: bool = False, track_gaps: bool = False
+    ) -> None:
+        """Start empty.
+
+        ``owned``: somebody keeps it and counts it, full or empty. ``drop_old``: when full, the oldest item makes room for
+        a new one. ``track_gaps``: a ``Gap`` stands where items were dropped or expired.
+        """
         self._room = room
         self._books = room.books
         self.entries: deque[tuple[float, T | Gap]] = deque()
@@ -202,6 +208,7 @@ class Mailbox(Expirable, Generic[T]):
         self._limit = capacity  # grows by one with each gap among the entries, so that gaps take no room
         self._readers: Line | None = None
         self._senders: Line | None = None
+        self._weight = 0 if owned else 1  # in Books.occupied
         self.listed = False
         self.closed = False
         self.drop_old = drop_old
@@ -236,9 +243,9 @@ class Mailbox(Expirable, Generic[T]):
                     return False
                 self._drop_oldest()
             if not entries:
-                books.occupied += 1
+                books.occupied += self._weight
         else:
-            books.occupied += 1
+            books.occupied += self._weight
         books.sent += 1
         entries.append(entry)
         if self._readers:
@@ -277,12 +284,12 @@ class Mailbox(Expirable, Generic[T]):
                 entries.popleft()
                 self._limit -= 1
                 if not entries:
-                    self._books.occupied -= 1
+                    self._books.occupied -= self._weight
                 return gap
         item = entries.popleft()[1]
         books = self._books
         if not entries:
-            books.occupied -= 1
+            books.occupied -= self._weight
         books.received += 1
         if self._senders:
             self._call_senders(rung)
@@ -416,7 +423,7 @@ class Mailbox(Expirable, Generic[T]):
         books = self._books
         books.expired += expired
         if not entries:
-            books.occupied -= 1
+            books.occupied -= self._weight
         self._call_senders(rung)
         self.expired_unread()
 
@@ -432,7 +439,7 @@ class Mailbox(Expirable, Generic[T]):
             gaps = sum(isinstance(item, Gap) for _, item in entries)
             self._limit -= gaps
             self._books.discarded += len(entries) - gaps
-            self._books.occupied -= 1
+            self._books.occupied -= self._weight
             entries.clear()
         self._call_senders(rung)
 
@@ -481,7 +488,7 @@ class Mailbox(Expirable, Generic[T]):
             entries.appendleft((_NEVER, _widened(gap, 1)))
             self._limit += 1
         if not entries:
-            self._books.occupied -= 1
+            self._books.occupied -= self._weight
 
     def _oldest(self) -> float | None:
         return next((expires_at for expires_at, item in self.entries if not isinstance(item, Gap)), None)

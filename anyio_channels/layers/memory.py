@@ -54,6 +54,7 @@ class _Channel(Mailbox[bytes]):
         super().__init__(
             layer._room,  # noqa: SLF001 - a part of the layer
             capacity,
+            owned=owned,
             drop_old=overflow == "drop_old",
             track_gaps=on_gap != "ignore",
         )
@@ -73,7 +74,7 @@ class _Channel(Mailbox[bytes]):
 
     def fall_due(self, now: float, rung: list[Waiter]) -> float | None:
         due = super().fall_due(now, rung)
-        if self.idle:
+        if self.idle and not self.closed:
             self.layer._forget_channel(self)  # noqa: SLF001 - a part of the layer
         return due
 
@@ -195,6 +196,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         self._channels: dict[str, _Channel] = {}
         self._groups: dict[str, _Group] = {}
         self._members = 0
+        self._inboxes = 0
         self._trim_at = _SLACK
         self._forgotten = 0
         self._closed = False
@@ -220,7 +222,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 channel.close(rung)
             self._channels = {}
             self._groups = {}
-            self._members = 0
+            self._members = self._inboxes = 0
             self._room.index.clear()
         self._room.wake(rung)
 
@@ -384,7 +386,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         if missed and target is not None and now >= target.quiet_until:
             target.quiet_until = now + self.expiry
             _logger.warning(
-                "group %r: %d members were full and missed a message; more such are counted, and not logged for %s s",
+                "group %r: %d of its members were full and missed a message; in the next %s s more such are only counted",
                 group,
                 missed,
                 self.expiry,
@@ -410,7 +412,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             room.index.sweep(self._clock(), rung, math.inf)
             books = room.books
             snapshot = ChannelLayerStatistics(
-                channels=books.occupied,
+                channels=books.occupied + self._inboxes,
                 buffered_messages=books.buffered,
                 groups=len(self._groups),
                 members=self._members,
@@ -434,6 +436,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         with self._room:
             self._require_open()
             self._trim_if_grown()
+            self._inboxes += 1
             self._channels[name] = _Channel(
                 self,
                 name,
@@ -452,6 +455,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             if inbox is not None:
                 inbox.leave_all()
                 inbox.close(rung)
+                self._inboxes -= 1
                 self._forget_channel(inbox)
         self._room.wake(rung)
 

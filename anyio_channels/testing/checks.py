@@ -1,0 +1,807 @@
+"""Example checks: one clause of the contract each.
+
+Rules:
+- a check makes its own layers with the factory, opens and closes them, and needs nothing else.
+- it fails with ``ContractViolation`` whose first word is the clause; it is not to hang on a broken layer, so all of
+  them run under a time limit.
+- what must not happen is shown by what happens next in a known order, never by waiting a while.
+"""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias, cast
+
+import anyio
+from anyio import CancelScope, ClosedResourceError, create_task_group, fail_after, move_on_after
+from anyio.lowlevel import checkpoint, current_token
+
+from anyio_channels.exceptions import ChannelFull, MessagesLost, MessageTooLarge
+from anyio_channels.layers.base import BaseChannelLayer, Message
+
+__all__ = ["CHECKS", "Check", "Clock", "ContractViolation", "LayerFactory", "run_checks", "settle"]
+
+_TIME_LIMIT: Final = 20.0
+"""Seconds after which a check is taken to hang."""
+
+
+class Clock:
+    """The time that the kit gives to a layer; it moves when the kit says so.
+
+    A layer whose time is not a function of its own (that of a database, say) is given a subclass whose ``advance`` makes
+    the layer's store that much older.
+    """
+
+    def __init__(self) -> None:
+        """Start at some time."""
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        """Return the time in seconds."""
+        return self.now
+
+    async def advance(self, layer: BaseChannelLayer, seconds: float) -> None:  # noqa: ARG002 - for subclasses
+        """Let ``seconds`` pass for ``layer``."""
+        self.now += seconds
+
+
+class LayerFactory(Protocol):
+    """Makes the layer to be checked, not yet opened: blank, whatever was made before."""
+
+    def __call__(self, clock: Clock, **options: Any) -> BaseChannelLayer:
+        """``options``: ``expiry``, ``group_expiry``, ``capacity``, ``channel_capacity``, ``max_message_size``, ``default``."""
+
+
+class ContractViolation(AssertionError):  # noqa: N818 - what it is, in the words of the contract
+    """The layer does not keep a clause of the contract."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One named check."""
+
+    clause: str
+    run: Callable[[LayerFactory], Awaitable[None]]
+
+    @property
+    def name(self) -> str:
+        """The name of its function, without ``check_``."""
+        return cast("str", getattr(self.run, "__name__", "")).removeprefix("check_")
+
+    async def __call__(self, factory: LayerFactory) -> None:
+        """Run it: return, or raise ``ContractViolation``."""
+        try:
+            with fail_after(_TIME_LIMIT):
+                await self.run(factory)
+        except ContractViolation as violation:
+            raise ContractViolation(f"{self.clause}: {violation}") from violation.__cause__
+        except Exception as error:
+            raise ContractViolation(f"{self.clause}: {self.name} ended with {error!r}") from error
+
+
+_checks: list[Check] = []
+_Run: TypeAlias = Callable[[LayerFactory], Awaitable[None]]
+
+
+def _clause(clause: str) -> Callable[[_Run], _Run]:
+    def register(run: _Run) -> _Run:
+        _checks.append(Check(clause, run))
+        return run
+
+    return register
+
+
+async def run_checks(factory: LayerFactory) -> None:
+    """Run every check on layers made by ``factory``; raise an ``ExceptionGroup`` of all violations, if there are any."""
+    violations: list[ContractViolation] = []
+    for check in CHECKS:
+        try:
+            await check(factory)
+        except ContractViolation as violation:
+            violations.append(violation)
+    if violations:
+        raise ExceptionGroup("the layer does not keep the contract", violations)
+
+
+def require(condition: object, seen: str) -> None:
+    """Raise ``ContractViolation`` saying what was seen, unless ``condition``."""
+    if not condition:
+        raise ContractViolation(seen)
+
+
+async def settle(layer: BaseChannelLayer, waiting_receivers: int) -> None:
+    """Let all tasks run until so many receivers wait; give up when all tasks are blocked."""
+    for _ in range(20):
+        if layer.statistics().waiting_receivers == waiting_receivers:
+            return
+        await checkpoint()
+    await anyio.wait_all_tasks_blocked()
+
+
+async def left_on(layer: BaseChannelLayer, channel: str) -> list[Message]:
+    """Receive all that is on ``channel`` and return it in order; needs room for one more message there.
+
+    A marker is sent behind the messages, so that the end is seen and nobody waits for a message that does not come.
+    """
+    await layer.send(channel, {"marker": True}, wait=True)
+    found: list[Message] = []
+    while "marker" not in (message := await layer.receive(channel)):
+        found.append(message)
+    return found
+
+
+@asynccontextmanager
+async def opened(factory: LayerFactory, **options: Any) -> AsyncIterator[tuple[BaseChannelLayer, Clock]]:
+    """Make and open a layer; a bound small enough to be reached is set for what is not given."""
+    clock = Clock()
+    layer = factory(clock, **{"expiry": 10.0, "group_expiry": 100.0, "capacity": 5, **options})
+    async with layer:
+        yield layer, clock
+
+
+async def _refused(
+    kind: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Awaitable[object]], what: str
+) -> Exception:
+    try:
+        await call()
+    except kind as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - any other error is the finding
+        raise ContractViolation(f"{what} raised {error!r}") from error
+    raise ContractViolation(f"{what} was accepted")
+
+
+BAD_NAMES: Final[tuple[Any, ...]] = (
+    "", "!", "!a", "a!b!c", "a b", "a\n", "é", "a!\u0661", "\u0661", "a/b", "a:b", "x" * 100, None, 5, b"a", ["a"],
+)  # fmt: skip
+"""No channel may be called like these."""
+GOOD_NAMES: Final = ("a", "A-Z_0.9", "x" * 99, "specific.a!b", "a!", "a!B-_.9", ".", "-")
+"""Channels may be called like these."""
+BAD_VALUES: Final[tuple[tuple[Any, str], ...]] = (
+    ({1, 2}, "message['v']"),
+    (1j, "message['v']"),
+    (object(), "message['v']"),
+    (2**64, "message['v']"),
+    (-(2**63) - 1, "message['v']"),
+    ("\ud800", "message['v']"),
+    (uuid.UUID(int=1), "message['v']"),
+    (datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), "message['v']"),
+    ([1, {"w": {1}}], "message['v'][1]['w']"),
+    ({1: 2}, "message['v']"),
+    ({"w": {None: 2}}, "message['v']['w']"),
+)
+"""No message may hold these, and the error says where they are."""
+GOOD_MESSAGE: Final[Message] = {
+    "str": "\0 \U0001f600 é", "bytes": b"\0\xff", "int": 2**63 - 1, "negative": -(2**63), "float": 1.5, "true": True,
+    "none": None, "list": [1, [2, {"deep": []}]], "dict": {"": {}, "a b": [None]}, "": "empty key",
+}  # fmt: skip
+"""Every type that a message may hold."""
+
+
+@_clause("Names")
+async def check_names(factory: LayerFactory) -> None:
+    """Good names are accepted; bad ones are a ``TypeError`` that names the value, and leave nothing behind."""
+    async with opened(factory) as (layer, _):
+        for name in GOOD_NAMES:
+            await layer.send(name, {"name": name})
+            require((await layer.receive(name)) == {"name": name}, f"channel {name!r} did not carry a message")
+        for name in BAD_NAMES:
+            calls: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+                ("send", lambda name=name: layer.send(name, {})),  # type: ignore[misc]
+                ("receive", lambda name=name: layer.receive(name)),  # type: ignore[misc]
+                ("group_add", lambda name=name: layer.group_add("group", name)),  # type: ignore[misc]
+                ("group_discard", lambda name=name: layer.group_discard("group", name)),  # type: ignore[misc]
+                ("exclude", lambda name=name: layer.group_send("group", {}, exclude=[name])),  # type: ignore[misc]
+                ("group_add's group", lambda name=name: layer.group_add(name, "a")),  # type: ignore[misc]
+                ("group_discard's group", lambda name=name: layer.group_discard(name, "a")),  # type: ignore[misc]
+                ("group_send", lambda name=name: layer.group_send(name, {})),  # type: ignore[misc]
+                ("group_channels", lambda name=name: layer.group_channels(name)),  # type: ignore[misc]
+            ]
+            for method, call in calls:
+                error = await _refused(TypeError, call, f"{method} of the name {name!r}")
+                require(
+                    isinstance(name, str) and len(name) > 20 or repr(name) in str(error),  # noqa: PLR2004, RUF021
+                    f"the error of {method} does not name {name!r}: {error}",
+                )
+        await _refused(TypeError, lambda: layer.group_add("a!b", "a"), "a group name with '!'")
+        await _refused(TypeError, lambda: layer.new_channel("a!"), "a prefix with '!'")
+        await _refused(TypeError, lambda: layer.group_send("group", {}, exclude="abc"), "a str as exclude")
+        counts = layer.statistics()
+        require(
+            (counts.groups, counts.members, counts.buffered_messages, counts.waiting_receivers) == (0, 0, 0, 0),
+            f"refused calls left something behind: {counts}",
+        )
+
+
+@_clause("Messages")
+async def check_message_types(factory: LayerFactory) -> None:
+    """All permitted types arrive as they were sent, tuples as lists."""
+    async with opened(factory) as (layer, _):
+        await layer.send("a", GOOD_MESSAGE)
+        require((got := await layer.receive("a")) == GOOD_MESSAGE, f"sent {GOOD_MESSAGE!r}, received {got!r}")
+        require(type(got["true"]) is bool, "True did not arrive as a bool")
+        await layer.send("a", {"tuple": (1, (2,))})
+        require((got := await layer.receive("a")) == {"tuple": [1, [2]]}, f"tuples arrived as {got!r}")
+
+
+@_clause("Messages")
+async def check_refused_messages(factory: LayerFactory) -> None:
+    """What a message may not hold is a ``TypeError`` that says where it is, and nothing is left behind."""
+    async with opened(factory) as (layer, _), layer.subscribe("group") as inbox:
+        for value, where in BAD_VALUES:
+            for method in (layer.send, layer.group_send):
+                target = "a" if method == layer.send else "group"
+                what = f"{method.__name__} of {value!r}"
+                error = await _refused(TypeError, lambda t=target, v=value, m=method: m(t, {"v": v}), what)  # type: ignore[misc]
+                require(where in str(error), f"the error for {what} does not say that it is at {where}: {error}")
+        for message in (None, [("a", 1)], "text", {"__asgi_channel__": "a"}, {5: 1}):
+            for send in (layer.send, layer.group_send):
+                target = "a" if send == layer.send else "group"
+                call = cast("Callable[[], Awaitable[object]]", lambda t=target, m=message, s=send: s(t, m))
+                await _refused(TypeError, call, f"{send.__name__} of the message {message!r}")
+        require(not (got := await left_on(layer, "a")), f"refused messages were left on the channel: {got!r}")
+        require(not (got := await left_on(layer, inbox.channel)), f"refused messages reached a member: {got!r}")
+
+
+@_clause("Messages")
+async def check_message_size(factory: LayerFactory) -> None:
+    """More than ``max_message_size`` encoded bytes are ``MessageTooLarge``; the default lets 1 MB of JSON through."""
+    async with opened(factory, max_message_size=100) as (layer, _):
+        require(layer.MessageTooLarge is MessageTooLarge, "the layer has no attribute MessageTooLarge")
+        await _refused(MessageTooLarge, lambda: layer.send("a", {"v": "x" * 200}), "a message of over 200 bytes")
+        await _refused(MessageTooLarge, lambda: layer.group_send("g", {"v": b"x" * 200}), "a broadcast of over 200 bytes")
+        await layer.send("a", {"v": "x" * 20})
+        require(await left_on(layer, "a") == [{"v": "x" * 20}], "a refused message was left, or a small one refused")
+    async with opened(factory) as (layer, _):
+        for million in ({"v": "x" * 1_000_000}, {"v": [1.5] * 250_000}):
+            await layer.send("a", million)
+            require(await layer.receive("a") == million, "a message of 1 MB did not arrive whole")
+
+
+@_clause("Messages")
+async def check_default(factory: LayerFactory) -> None:
+    """``default`` converts what no message may hold, and is asked about nothing else."""
+    asked: list[object] = []
+
+    def default(value: object) -> str:
+        asked.append(value)
+        if isinstance(value, uuid.UUID):
+            return str(value)
+        raise TypeError("only UUIDs")
+
+    value = uuid.UUID(int=5)
+    async with opened(factory, default=default) as (layer, _), layer.subscribe("group") as inbox:
+        await layer.send("a", {"v": [value], "w": 1})
+        require((got := await layer.receive("a")) == {"v": [str(value)], "w": 1}, f"default= gave {got!r}")
+        await layer.group_send("group", {"v": value})
+        require((got := await inbox.receive()) == {"v": str(value)}, f"default= of group_send gave {got!r}")
+        require(set(map(type, asked)) == {uuid.UUID}, f"default= was asked about {asked!r}")
+        error = await _refused(TypeError, lambda: layer.send("a", {"v": {1}}), "a set that default= refuses")
+        require("message['v']" in str(error), f"the error does not say where the set is: {error}")
+
+
+@_clause("Isolation")
+async def check_isolation(factory: LayerFactory) -> None:
+    """The sender and each receiver have their own copy, however deep."""
+    async with opened(factory) as (layer, _), layer.subscribe("group") as one, layer.subscribe("group") as two:
+        message: Message = {"list": [1], "dict": {"a": {}}}
+        await layer.send("a", message)
+        await layer.group_send("group", message)
+        message["list"].append(2)
+        message["dict"]["a"]["b"] = 1
+        expected = {"list": [1], "dict": {"a": {}}}
+        for got in (await layer.receive("a"), first := await one.receive(), first_again := dict(first)):
+            require(got == expected, f"what the sender did after sending arrived: {got!r}")
+        first["list"].append(3)
+        first_again["dict"]["a"]["c"] = 1
+        require((got := await two.receive()) == expected, f"two members share one message: {got!r}")
+
+
+@_clause("Delivery")
+async def check_order(factory: LayerFactory) -> None:
+    """One writer, one reader: everything arrives once and in order, also into a reader that waits."""
+    async with opened(factory, capacity=200) as (layer, _):
+        for channel in ("normal", await layer.new_channel()):
+            for number in range(100):
+                await layer.send(channel, {"n": number})
+            got = [message["n"] for message in await left_on(layer, channel)]
+            require(got == list(range(100)), f"0 to 99 were sent to {channel!r}, received: {got}")
+            got = []
+            async with create_task_group() as tg:
+
+                async def read(channel: str = channel, got: list[int] = got) -> None:
+                    while len(got) < 100:  # noqa: PLR2004 - as many as are sent
+                        got.append((await layer.receive(channel))["n"])
+
+                tg.start_soon(read)
+                for number in range(100):
+                    await settle(layer, 1)
+                    await layer.send(channel, {"n": number})
+            require(got == list(range(100)), f"0 to 99 were sent to a waiting reader of {channel!r}, received: {got}")
+
+
+@_clause("Delivery")
+async def check_readers_in_turn(factory: LayerFactory) -> None:
+    """Readers that wait on one channel are served one message each, in the order they came."""
+    async with opened(factory) as (layer, _), create_task_group() as tg:
+        got: list[tuple[int, int]] = []
+
+        async def read(reader: int) -> None:
+            got.append((reader, (await layer.receive("a"))["n"]))
+
+        for reader in range(4):
+            tg.start_soon(read, reader)
+            await settle(layer, reader + 1)
+        for number in range(4):
+            await layer.send("a", {"n": number})
+            await settle(layer, 3 - number)
+            await _until(lambda number=number: len(got) > number, "a reader waits beside a message")  # type: ignore[misc]
+        require(got == [(n, n) for n in range(4)], f"(reader, message) should be in turn, but were {got}")
+
+
+async def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(100):
+        if condition():
+            return
+        await checkpoint()
+    await anyio.wait_all_tasks_blocked()
+    if not condition():
+        raise ContractViolation(otherwise)
+
+
+@_clause("Cancellation")
+async def check_cancelled_receive(factory: LayerFactory) -> None:
+    """A receive that is cancelled before, or at the moment when, its message comes has taken nothing."""
+    async with opened(factory) as (layer, _):
+        with move_on_after(0):
+            await layer.receive("a")
+        await layer.send("a", {"n": 1})
+        require(await left_on(layer, "a") == [{"n": 1}], "a message sent after a cancelled receive was lost")
+        for number in range(2):  # the reader is cancelled after, then before the message is sent
+            got: list[Message] = []
+            async with create_task_group() as tg:
+
+                async def read(got: list[Message] = got) -> None:
+                    got.append(await layer.receive("a"))
+
+                tg.start_soon(read)
+                await settle(layer, 1)
+                if number:
+                    tg.cancel_scope.cancel()
+                with CancelScope(shield=True):
+                    await layer.send("a", {"n": 2})
+                tg.cancel_scope.cancel()
+            got += await left_on(layer, "a")
+            require(got == [{"n": 2}], f"one message was sent to a reader just cancelled; found: {got!r}")
+        require(layer.statistics().waiting_receivers == 0, "a cancelled receiver still counts as waiting")
+
+
+@_clause("Cancellation")
+async def check_cancelled_receiver_passes_on(factory: LayerFactory) -> None:
+    """A message that came for a receiver just cancelled goes to the next who waits."""
+    async with opened(factory) as (layer, _), create_task_group() as tg:
+        got: list[Message] = []
+        first = CancelScope()
+
+        async def read(scope: CancelScope) -> None:
+            with scope:
+                got.append(await layer.receive("a"))
+
+        tg.start_soon(read, first)
+        await settle(layer, 1)
+        tg.start_soon(read, CancelScope())
+        await settle(layer, 2)
+        await layer.send("a", {"n": 1})
+        first.cancel()
+        await _until(lambda: len(got) == 1, "a reader still waits beside a message that the reader before it gave up")
+        tg.cancel_scope.cancel()
+
+
+@_clause("Cancellation")
+async def check_native_cancellation(factory: LayerFactory) -> None:
+    """On asyncio, ``Task.cancel()`` between the arrival of a message and the wake-up loses nothing."""
+    loop: Any = current_token().native_token
+    if not hasattr(loop, "create_task"):
+        return  # trio has cancel scopes only
+    async with opened(factory) as (layer, _):
+        for late in (False, True):
+            task = loop.create_task(layer.receive("a"))
+            await settle(layer, 1)
+            if late:
+                await layer.send("a", {"n": 1})
+                task.cancel()
+            else:
+                task.cancel()
+                await layer.send("a", {"n": 1})
+            got: list[Message] = []
+            try:
+                got.append(await task)
+            except anyio.get_cancelled_exc_class():
+                pass  # the task's, not ours: nobody cancelled this check
+            got += await left_on(layer, "a")
+            require(got == [{"n": 1}], f"one message was sent to a task just cancelled; found: {got!r}")
+
+
+@_clause("Cancellation")
+async def check_every_call_is_cancellable(factory: LayerFactory) -> None:
+    """In a cancelled scope every async call is cancelled, and has done nothing."""
+    async with opened(factory) as (layer, _):
+        await layer.send("a", {"n": 1})
+        await layer.group_add("group", "b")
+        before = layer.statistics()
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: layer.send("a", {}),
+            lambda: layer.send("a", {}, wait=True),
+            lambda: layer.receive("a"),
+            lambda: layer.receive("empty"),
+            layer.new_channel,
+            lambda: layer.group_add("group", "c"),
+            lambda: layer.group_discard("group", "b"),
+            lambda: layer.group_send("group", {}),
+            lambda: layer.group_channels("group"),
+            layer.flush,
+            layer.subscribe("group").__aenter__,
+        ]
+        for number, call in enumerate(calls):
+            with CancelScope() as scope:
+                scope.cancel()
+                await call()
+            require(scope.cancelled_caught, f"call {number} of the list did not notice its cancellation")
+        after = layer.statistics()
+        require(before == after, f"cancelled calls did something: before {before}, after {after}")
+
+
+@_clause("Expiry")
+async def check_expiry(factory: LayerFactory) -> None:
+    """A message unread for ``expiry`` seconds is gone, and its room is free at once; not before."""
+    async with opened(factory, expiry=10, capacity=2) as (layer, clock):
+        await layer.send("a", {"n": 0})
+        await clock.advance(layer, 5)
+        await layer.send("a", {"n": 1})
+        await clock.advance(layer, 4)
+        await _refused(ChannelFull, lambda: layer.send("a", {}), "a third message to a channel of capacity 2")
+        await clock.advance(layer, 1)
+        await layer.send("a", {"n": 2})
+        got = [(await layer.receive("a"))["n"], (await layer.receive("a"))["n"]]
+        require(got == [1, 2], f"message 0 expired, 1 and 2 did not; received {got}")
+        await layer.send("a", {"n": 3})
+        await clock.advance(layer, 10)
+        require(not (left := await left_on(layer, "a")), f"an expired message was delivered: {left}")
+        require((expired := layer.statistics().expired) == 2, f"2 messages expired, statistics() says {expired}")  # noqa: PLR2004
+
+
+@_clause("Expiry")
+async def check_expiry_leaves_groups(factory: LayerFactory) -> None:
+    """A channel on which a message expired unread leaves its groups, but an open inbox does not."""
+    async with opened(factory, expiry=10) as (layer, clock), layer.subscribe("group") as inbox:
+        await layer.group_add("group", "gone")
+        await layer.group_add("group", "here")
+        await layer.group_send("group", {"n": 1}, exclude=["here"])
+        await clock.advance(layer, 11)
+        members = await layer.group_channels("group")
+        require(members == {inbox.channel, "here"}, f"should be members: the inbox and 'here'; are: {members}")
+        await layer.group_send("group", {"n": 2})
+        require((await inbox.receive())["n"] == 2, "the inbox did not receive the next broadcast")  # noqa: PLR2004
+        require(not (left := await left_on(layer, "gone")), f"a channel that left received {left}")
+
+
+@_clause("Expiry")
+async def check_reclaimed(factory: LayerFactory) -> None:
+    """What was never read leaves nothing behind once it expired, without anybody touching its channel."""
+    async with opened(factory, expiry=10) as (layer, clock):
+        for number in range(200):
+            await layer.send(f"unread.{number}", {"n": number})
+        require((held := layer.statistics().buffered_messages) == 200, f"200 messages are unread, statistics: {held}")  # noqa: PLR2004
+        await clock.advance(layer, 10)
+        counts = layer.statistics()
+        require(
+            (counts.channels, counts.buffered_messages, counts.expired) == (0, 0, 200),
+            f"after expiry of all messages the layer still holds something: {counts}",
+        )
+
+
+@_clause("Capacity")
+async def check_capacity(factory: LayerFactory) -> None:
+    """Of 100 concurrent sends to a channel of capacity 5 exactly 5 succeed; the others are ``ChannelFull``."""
+    async with opened(factory, capacity=5, channel_capacity={"big.*": 7}) as (layer, _):
+        require(layer.ChannelFull is ChannelFull, "the layer has no attribute ChannelFull")
+        for channel, capacity in (("small", 5), ("big.one", 7)):
+            accepted: list[int] = []
+
+            async def send(number: int, channel: str = channel, accepted: list[int] = accepted) -> None:
+                try:
+                    await layer.send(channel, {"n": number})
+                except ChannelFull:
+                    return
+                accepted.append(number)
+
+            async with create_task_group() as tg:
+                for number in range(100):
+                    tg.start_soon(send, number)
+            require(len(accepted) == capacity, f"{len(accepted)} sends to a channel of capacity {capacity} succeeded")
+            await layer.receive(channel)
+            await layer.send(channel, {"n": 100})
+            await _refused(ChannelFull, lambda c=channel: layer.send(c, {}), "one message too many")  # type: ignore[misc]
+
+
+@_clause("Capacity")
+async def check_waiting_send(factory: LayerFactory) -> None:
+    """``send(wait=True)`` waits for room, in turn, and sends nothing if cancelled."""
+    async with opened(factory, capacity=1) as (layer, _), create_task_group() as tg:
+        await layer.send("a", {"n": 0}, wait=True)
+        with move_on_after(0):
+            await layer.send("a", {"n": "cancelled"}, wait=True)
+            raise ContractViolation("send(wait=True) to a full channel did not wait")
+        started: list[int] = []
+
+        async def send(number: int) -> None:
+            started.append(number)
+            await layer.send("a", {"n": number}, wait=True)
+
+        for number in range(1, 4):
+            tg.start_soon(send, number)
+            await _until(lambda number=number: len(started) == number, "a task did not start")  # type: ignore[misc]
+            await anyio.wait_all_tasks_blocked()
+        got = [(await layer.receive("a"))["n"] for _ in range(4)]
+        require(got == [0, 1, 2, 3], f"0 to 3 were sent in turn with wait=True, received: {got}")
+
+
+@_clause("Groups")
+async def check_groups(factory: LayerFactory) -> None:
+    """Joining and leaving are idempotent; a broadcast reaches each member once, but for the excluded."""
+    async with opened(factory) as (layer, _):
+        for channel in ("a", "b", "b", "c"):
+            await layer.group_add("group", channel)
+        await layer.group_add("other", "d")
+        await layer.group_discard("group", "nobody")
+        await layer.group_discard("nothing", "a")
+        require((seen := await layer.group_channels("group")) == {"a", "b", "c"}, f"members are {seen}")
+        await layer.group_send("group", {"n": 1}, exclude={"a", "stranger"})
+        await layer.group_discard("group", "b")
+        await layer.group_discard("group", "b")
+        require((seen := await layer.group_channels("group")) == {"a", "c"}, f"after a discard members are {seen}")
+        await layer.group_send("group", {"n": 2})
+        await layer.group_send("nothing", {"n": 3})
+        got = {channel: [message["n"] for message in await left_on(layer, channel)] for channel in "abcd"}
+        require(got == {"a": [2], "b": [1], "c": [1, 2], "d": []}, f"the members received {got}")
+        for channel in ("a", "c"):
+            await layer.group_discard("group", channel)
+        await layer.group_discard("other", "d")
+        counts = layer.statistics()
+        require((counts.groups, counts.members) == (0, 0), f"empty groups left a trace: {counts}")
+
+
+@_clause("Groups")
+async def check_group_expiry(factory: LayerFactory) -> None:
+    """A membership ends ``group_expiry`` seconds after the last ``group_add``; that of an open inbox does not."""
+    async with opened(factory, group_expiry=100) as (layer, clock), layer.subscribe("group") as inbox:
+        await layer.group_add("group", "a")
+        await layer.group_add("group", "b")
+        await clock.advance(layer, 60)
+        await layer.group_add("group", "b")
+        await clock.advance(layer, 39)
+        require((seen := await layer.group_channels("group")) == {"a", "b", inbox.channel}, f"members are {seen}")
+        await clock.advance(layer, 2)
+        require((seen := await layer.group_channels("group")) == {"b", inbox.channel}, f"members are {seen}")
+        await layer.group_send("group", {"n": 1})
+        require(not (left := await left_on(layer, "a")), f"a channel whose membership ended received {left}")
+        require(len(await left_on(layer, "b")) == 1, "a channel whose membership was renewed received nothing")
+        await clock.advance(layer, 200)
+        require((seen := await layer.group_channels("group")) == {inbox.channel}, f"members are {seen}")
+
+
+@_clause("Groups")
+async def check_full_member(factory: LayerFactory) -> None:
+    """A full member misses a broadcast, the others do not; nothing is raised, and the miss is counted."""
+    async with opened(factory, capacity=2) as (layer, _):
+        await layer.group_add("group", "full")
+        await layer.group_add("group", "free")
+        await layer.send("full", {"n": 1})
+        await layer.send("full", {"n": 2})
+        await layer.group_send("group", {"n": 3})
+        require((dropped := layer.statistics().dropped_full) == 1, f"1 message was missed, statistics: {dropped}")
+        got = [await layer.receive("full"), await layer.receive("full"), await layer.receive("free")]
+        require(got == [{"n": 1}, {"n": 2}, {"n": 3}], f"the members received {got}")
+        require(not (left := await left_on(layer, "full")), f"the full member received {left} too")
+
+
+@_clause("Flush")
+async def check_flush(factory: LayerFactory) -> None:
+    """``flush`` leaves the layer blank; readers go on waiting."""
+    async with opened(factory) as (layer, _), create_task_group() as tg:
+        got: list[Message] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("waited-on"))
+
+        tg.start_soon(read)
+        await settle(layer, 1)
+        await layer.group_add("group", "a")
+        await layer.send("a", {"n": 1})
+        await layer.flush()
+        counts = layer.statistics()
+        require(
+            (counts.channels, counts.buffered_messages, counts.groups, counts.members) == (0, 0, 0, 0),
+            f"after flush() the layer is not blank: {counts}",
+        )
+        require(not (seen := await layer.group_channels("group")), f"after flush() a group has members: {seen}")
+        require(not (left := await left_on(layer, "a")), f"after flush() a channel holds {left}")
+        await layer.send("waited-on", {"n": 2})
+        await _until(lambda: got == [{"n": 2}], "a reader that waited during flush() was forgotten")
+
+
+@_clause("Inboxes")
+async def check_subscribe(factory: LayerFactory) -> None:
+    """An inbox is a member of its groups inside its block, and leaves no trace after it, however it is left."""
+    async with opened(factory) as (layer, _):
+
+        class Leave(Exception):  # noqa: N818 - not an error
+            pass
+
+        for way in ("plainly", "by an error", "by cancellation"):
+            with CancelScope() as scope:
+                try:
+                    async with layer.subscribe("one", "two", prefix="mine.") as inbox:
+                        require(inbox.channel.startswith("mine.") and "!" in inbox.channel, f"named {inbox.channel}")
+                        await inbox.join("three")
+                        await inbox.leave("two")
+                        for group in ("one", "two", "three"):
+                            await layer.group_send(group, {"to": group})
+                        await layer.send(inbox.channel, {"to": "inbox"})
+                        got = [(await inbox.receive())["to"] for _ in range(3)]
+                        require(got == ["one", "three", "inbox"], f"the inbox received {got}")
+                        await layer.send(inbox.channel, {"to": "iteration"})
+                        require((message := await anext(inbox)) == {"to": "iteration"}, f"iterating gave {message}")
+                        if way == "by an error":
+                            raise Leave
+                        if way == "by cancellation":
+                            scope.cancel()
+                            await checkpoint()
+                except Leave:
+                    pass
+            counts = layer.statistics()
+            require(
+                (counts.channels, counts.groups, counts.members) == (0, 0, 0), f"an inbox left {way} remains: {counts}"
+            )
+            await _refused(ClosedResourceError, inbox.receive, "receive of an inbox that was left")
+
+
+@_clause("Inboxes")
+async def check_overflow_and_gaps(factory: LayerFactory) -> None:
+    """A full inbox drops what ``overflow`` says, and tells its reader as ``on_gap`` says, in its place in the order."""
+    expected: dict[tuple[str, str], list[object]] = {
+        ("drop_new", "ignore"): [0, 1, 5],
+        ("drop_old", "ignore"): [2, 3, 5],
+        ("drop_new", "event"): [0, 1, "gap 2", 5],
+        ("drop_old", "event"): ["gap 2", 2, 3, 5],
+        ("drop_new", "raise"): [0, 1, "lost 2", 5],
+        ("drop_old", "raise"): ["lost 2", 2, 3, 5],
+    }
+    for (overflow, on_gap), should in expected.items():
+        async with opened(factory) as (layer, _):
+            options: dict[str, Any] = {"capacity": 2, "overflow": overflow, "on_gap": on_gap}
+            async with layer.subscribe("group", **options) as inbox:
+                for number in range(4):
+                    await layer.group_send("group", {"n": number})
+                got: list[object] = []
+                while len(got) < len(should):
+                    if len(got) == len(should) - 1:
+                        await layer.group_send("group", {"n": 5})
+                    try:
+                        message = await inbox.receive()
+                    except MessagesLost as lost:
+                        got.append(f"lost {lost.missed}")
+                    else:
+                        got.append(f"gap {message['missed']}" if "missed" in message else message["n"])
+            require(got == should, f"overflow={overflow!r}, on_gap={on_gap!r}: should get {should}, got {got}")
+            require((seen := layer.statistics().dropped_full) == 2, f"2 were dropped, statistics() says {seen}")  # noqa: PLR2004
+
+
+@_clause("Statistics")
+async def check_statistics(factory: LayerFactory) -> None:
+    """The books balance: what was sent was received, expired, was dropped, discarded, or is still there."""
+    async with opened(factory, capacity=3, expiry=10) as (layer, clock):
+        async with layer.subscribe("group", capacity=2, overflow="drop_old") as inbox:
+            await layer.group_add("group", "a")
+            for number in range(5):
+                await layer.group_send("group", {"n": number})
+            await layer.receive("a")
+            await inbox.receive()
+        await clock.advance(layer, 10)
+        await layer.send("b", {})
+        await layer.send("c", {})
+        await layer.receive("c")
+        counts = layer.statistics()
+        seen = {
+            "sent": counts.sent, "received": counts.received, "expired": counts.expired,
+            "dropped_full": counts.dropped_full, "discarded": counts.discarded, "buffered": counts.buffered_messages,
+            "channels": counts.channels,
+        }  # fmt: skip
+        should = {
+            "sent": 12, "received": 3, "expired": 2, "dropped_full": 5, "discarded": 1, "buffered": 1, "channels": 1,
+        }  # fmt: skip
+        require(seen == should, f"should be {should}, are {seen}")
+
+
+@_clause("Yielding")
+async def check_yielding(factory: LayerFactory) -> None:
+    """A task that only sends and receives lets the others run, at least once in ``YIELD_EVERY`` calls."""
+    async with opened(factory) as (layer, _), create_task_group() as tg:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await checkpoint()
+
+        tg.start_soon(other)
+        rounds = 10
+        for _ in range(rounds * layer.YIELD_EVERY):
+            await layer.send("a", {})
+            await layer.receive("a")
+        require(turns >= rounds, f"another task ran {turns} times during {2 * rounds * layer.YIELD_EVERY} calls")
+        tg.cancel_scope.cancel()
+
+
+@_clause("Opening and closing")
+async def check_closing(factory: LayerFactory) -> None:
+    """After closing, those who waited and all who call get ``ClosedResourceError``; closing twice is nothing."""
+    layer = factory(Clock(), capacity=1)
+    ended: list[str] = []
+
+    async def wait_for(what: str, call: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await call()
+        except ClosedResourceError:
+            ended.append(what)
+
+    async with layer, create_task_group() as tg:
+        await _refused(RuntimeError, layer.__aenter__, "opening an open layer")
+        async with layer.subscribe("group") as inbox:
+            await layer.send("full", {})
+            tg.start_soon(wait_for, "receive", lambda: layer.receive("a"))
+            tg.start_soon(wait_for, "inbox", inbox.receive)
+            tg.start_soon(wait_for, "send", lambda: layer.send("full", {}, wait=True))
+            await settle(layer, 2)
+            await anyio.wait_all_tasks_blocked()
+            await layer.close()
+            await _until(lambda: len(ended) == 3, "who waited at closing still waits")  # noqa: PLR2004
+    require(sorted(ended) == ["inbox", "receive", "send"], f"ClosedResourceError reached only {ended}")
+    await layer.close()
+    calls: Iterable[Callable[[], Awaitable[object]]] = (
+        lambda: layer.send("a", {}),
+        lambda: layer.send("a", {}, wait=True),
+        lambda: layer.receive("a"),
+        layer.new_channel,
+        lambda: layer.group_add("group", "a"),
+        lambda: layer.group_discard("group", "a"),
+        lambda: layer.group_send("group", {}),
+        lambda: layer.group_channels("group"),
+        layer.flush,
+        layer.subscribe("group").__aenter__,
+        inbox.receive,
+    )
+    for number, call in enumerate(calls):
+        await _refused(ClosedResourceError, call, f"call {number} of the list, on a closed layer,")
+
+
+@_clause("Names")
+async def check_new_channels(factory: LayerFactory) -> None:
+    """``new_channel`` gives process-specific names that nobody has."""
+    async with opened(factory) as (layer, _):
+        names = [await layer.new_channel() for _ in range(100)] + [await layer.new_channel("p.") for _ in range(100)]
+        require(len(set(names)) == len(names), "new_channel() gave one name twice")
+        for name in names[:1] + names[-1:]:
+            layer.require_valid_channel_name(name)
+            require("!" in name, f"{name!r} is not process-specific")
+        require(names[0].startswith("specific.") and names[-1].startswith("p."), f"prefixes: {names[0]}, {names[-1]}")
+        require(layer.extensions == ["groups", "flush"], f"extensions are {layer.extensions!r}")
+
+
+CHECKS: Final[tuple[Check, ...]] = tuple(_checks)
+"""All checks."""

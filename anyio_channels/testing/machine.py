@@ -1,0 +1,511 @@
+"""A state machine: random steps on a layer, each compared with a model made of plain dicts and lists.
+
+Rules:
+- the model is the oracle: it holds, for each channel, the messages that must come next and when they expire, and for each
+  group when each membership ends. It shares no code with any layer.
+- the layer runs in an event loop of its own, in another thread; each step is one call into it, and when it returns all
+  readers that can run have run. So every step has one right outcome.
+- each message is a number that is sent once: a duplicate, a loss and a wrong order show as a wrong number.
+- after every step ``statistics()`` and the members of every group must be what the model says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+from anyio import CancelScope, ClosedResourceError, create_task_group
+from anyio.abc import BlockingPortal
+from anyio.from_thread import start_blocking_portal
+from anyio.lowlevel import checkpoint
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from anyio_channels.exceptions import ChannelFull
+from anyio_channels.layers.base import BaseChannelLayer, Message
+from anyio_channels.layers.inbox import Inbox
+
+from .checks import Clock, ContractViolation, LayerFactory, require, settle
+
+__all__ = ["contract_machine"]
+
+EXPIRY: Final = 10.0
+GROUP_EXPIRY: Final = 25.0
+CAPACITIES: Final = {"normal": 3, "big.one": 5, "proc.a!x": 3, "proc.a!y": 3}
+"""The channels of the machine, with the capacity that each must have."""
+GROUPS: Final = ("red", "blue")
+INBOXES: Final = ("first", "second")
+_WAIT: Final = 30.0
+"""Seconds after which a call into the event loop is taken to hang."""
+
+_Overflow: TypeAlias = Literal["drop_new", "drop_old"]
+_OnGap: TypeAlias = Literal["ignore", "event"]
+
+
+@dataclass
+class _Entry:
+    """A message, or a gap (``number`` is ``None``) of ``missed`` messages."""
+
+    number: int | None
+    expires_at: float = inf
+    missed: int = 0
+
+
+@dataclass
+class _Channel:
+    """What the model knows of a channel; ``owned`` by an inbox or not."""
+
+    capacity: int
+    owned: bool = False
+    overflow: _Overflow = "drop_new"
+    on_gap: _OnGap = "ignore"
+    entries: list[_Entry] = field(default_factory=list)
+    readers: list[Future[Message]] = field(default_factory=list)
+
+    def messages(self) -> int:
+        return sum(entry.number is not None for entry in self.entries)
+
+    def gap(self, position: int) -> None:
+        """One more message is missed at ``position``, in front of the entry there."""
+        if self.on_gap == "ignore":
+            return
+        for at in (position - 1, position):
+            if 0 <= at < len(self.entries) and self.entries[at].number is None:
+                self.entries[at].missed += 1
+                return
+        self.entries.insert(position, _Entry(None, missed=1))
+
+
+@dataclass
+class _Counts:
+    sent: int = 0
+    received: int = 0
+    expired: int = 0
+    dropped_full: int = 0
+    discarded: int = 0
+
+
+class ContractMachine(RuleBasedStateMachine):
+    """The rules; ``contract_machine`` fills in what is to be checked."""
+
+    factory: ClassVar[LayerFactory]
+    backend: ClassVar[str]
+    backend_options: ClassVar[dict[str, Any]]
+
+    def __init__(self) -> None:
+        """Start an event loop and open a layer in it."""
+        super().__init__()
+        self.clock = Clock()
+        self.layer: BaseChannelLayer = type(self).factory(
+            self.clock, expiry=EXPIRY, group_expiry=GROUP_EXPIRY, capacity=3, channel_capacity={"big.*": 5}
+        )
+        self.portal_context: AbstractContextManager[BlockingPortal] = start_blocking_portal(
+            type(self).backend, type(self).backend_options
+        )
+        self.portal = self.portal_context.__enter__()
+        self.layer_context = self.portal.wrap_async_context_manager(self.layer)
+        self.layer_context.__enter__()
+        self.channels = {name: _Channel(capacity) for name, capacity in CAPACITIES.items()}
+        self.groups: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
+        self.inboxes: dict[str, tuple[AbstractContextManager[Inbox], Inbox]] = {}
+        self.counts = _Counts()
+        self.next_number = 0
+
+    # The model
+
+    @property
+    def now(self) -> float:
+        """The time."""
+        return self.clock.now
+
+    def new_message(self) -> tuple[int, Message]:
+        """A message that was never sent before."""
+        self.next_number += 1
+        return self.next_number, {"number": self.next_number}
+
+    def model_put(self, channel: _Channel, number: int) -> bool:
+        """The model of a send; ``False``: the channel is full."""
+        if channel.messages() >= channel.capacity:
+            if channel.overflow == "drop_new":
+                return False
+            oldest = next(at for at, entry in enumerate(channel.entries) if entry.number is not None)
+            del channel.entries[oldest]
+            self.counts.dropped_full += 1
+            channel.gap(oldest)
+        self.counts.sent += 1
+        channel.entries.append(_Entry(number, self.now + EXPIRY))
+        return True
+
+    def model_take(self, channel: _Channel) -> Message:
+        """The model of a receive; there must be something."""
+        entry = channel.entries.pop(0)
+        if entry.number is None:
+            return {"type": "channel_layer.gap", "missed": entry.missed}
+        self.counts.received += 1
+        return {"number": entry.number}
+
+    def model_time(self) -> None:
+        """Drop what has expired."""
+        for name, channel in self.channels.items():
+            expired = 0
+            at = 0
+            while at < len(channel.entries):
+                if channel.entries[at].number is not None and channel.entries[at].expires_at <= self.now:
+                    del channel.entries[at]
+                    expired += 1
+                    before = len(channel.entries)
+                    channel.gap(at)
+                    at += len(channel.entries) - before
+                    self._join_gaps(channel)
+                else:
+                    at += 1
+            self.counts.expired += expired
+            if expired and not channel.owned:
+                for members in self.groups.values():
+                    members.pop(name, None)
+        for members in self.groups.values():
+            for name in [name for name, ends in members.items() if ends <= self.now]:
+                del members[name]
+
+    @staticmethod
+    def _join_gaps(channel: _Channel) -> None:
+        for at in range(len(channel.entries) - 1, 0, -1):
+            if channel.entries[at].number is None and channel.entries[at - 1].number is None:
+                channel.entries[at - 1].missed += channel.entries[at].missed
+                del channel.entries[at]
+
+    # Calls into the event loop
+
+    def call(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Run ``function`` in the event loop; a call that does not come back is a violation."""
+        future = self.portal.start_task_soon(function, *args)
+        try:
+            return future.result(_WAIT)
+        except TimeoutError as error:
+            raise ContractViolation(f"{getattr(function, '__name__', function)} did not come back") from error
+
+    def waiting(self) -> int:
+        """How many readers wait, by the model."""
+        return sum(len(channel.readers) for channel in self.channels.values())
+
+    def deliver(self) -> None:
+        """Messages in the model go to the readers in the model, and each real reader must have the same."""
+        served: list[tuple[str, list[Future[Message]], list[Message]]] = []
+        for name, channel in self.channels.items():
+            count = min(len(channel.readers), len(channel.entries))
+            expected = [self.model_take(channel) for _ in range(count)]
+            served.append((name, channel.readers[:count], expected))
+            del channel.readers[:count]
+        self.call(settle, self.layer, self.waiting())
+        for name, futures, expected in served:
+            try:
+                got = [future.result(_WAIT) for future in futures]
+            except TimeoutError as error:
+                raise ContractViolation(f"Delivery: a reader of {name!r} still waits beside one of {expected}") from error
+            # Several who are called at once run in any order; who came later is not called before.
+            require(
+                sorted(got, key=repr) == sorted(expected, key=repr),
+                f"Delivery: the readers of {name!r} should have received {expected}, got {got}",
+            )
+
+    def expect(self, what: str, got: object, expected: object) -> None:
+        """Compare."""
+        require(got == expected, f"{what}: should be {expected}, is {got}")
+
+    # The rules
+
+    @rule(data=st.data())
+    def send(self, data: st.DataObject) -> None:
+        """Send one message: ``ChannelFull`` exactly when full."""
+        name = data.draw(st.sampled_from(sorted(self.channels)))
+        self._send(name)
+
+    def _send(self, name: str) -> None:
+        number, message = self.new_message()
+        accepted = self.model_put(self.channels[name], number)
+        try:
+            self.call(self.layer.send, name, message)
+        except ChannelFull:
+            self.expect(f"Capacity: {name!r} refused a message, accepting it", False, accepted)  # noqa: FBT003
+        else:
+            self.expect(f"Capacity: {name!r} took a message, accepting it", True, accepted)  # noqa: FBT003
+        self.deliver()
+
+    @rule(data=st.data(), count=st.integers(2, 7))
+    def send_concurrently(self, data: st.DataObject, count: int) -> None:
+        """Several tasks send at once: as many are accepted as there is room for, and readers are served."""
+        name = data.draw(st.sampled_from(sorted(CAPACITIES)))
+        channel = self.channels[name]
+        messages = [self.new_message() for _ in range(count)]
+        accepted: list[int] = self.call(self._send_all, name, messages)
+        room = channel.capacity - channel.messages()
+        require(
+            min(count, room) <= len(accepted) <= room + len(channel.readers),
+            f"Capacity: of {count} concurrent sends to {name!r}, which had room for {room}, {len(accepted)} succeeded",
+        )
+        channel.entries += [_Entry(number, self.now + EXPIRY) for number in accepted]
+        self.counts.sent += len(accepted)
+        self.deliver()
+
+    async def _send_all(self, name: str, messages: list[tuple[int, Message]]) -> list[int]:
+        accepted: list[int] = []
+
+        async def send(number: int, message: Message) -> None:
+            try:
+                await self.layer.send(name, message)
+            except ChannelFull:
+                return
+            accepted.append(number)
+
+        async with create_task_group() as tg:
+            for number, message in messages:
+                tg.start_soon(send, number, message)
+        return accepted
+
+    @precondition(lambda self: any(channel.entries for channel in self.channels.values()))
+    @rule(data=st.data())
+    def receive(self, data: st.DataObject) -> None:
+        """Receive a message that is there."""
+        name = data.draw(st.sampled_from(sorted(name for name, channel in self.channels.items() if channel.entries)))
+        self.expect(f"Delivery on {name!r}", self.call(self.layer.receive, name), self.model_take(self.channels[name]))
+
+    @rule(data=st.data())
+    def start_reader(self, data: st.DataObject) -> None:
+        """Start one more reader, which waits if there is nothing for it."""
+        name = data.draw(st.sampled_from(sorted(self.channels)))
+        channel = self.channels[name]
+        channel.readers.append(self.portal.start_task_soon(self.layer.receive, name))
+        self.deliver()
+
+    @precondition(lambda self: self.waiting())
+    @rule(data=st.data())
+    def cancel_reader(self, data: st.DataObject) -> None:
+        """Cancel a reader that waits: it has taken nothing, and the others keep their turn."""
+        names = sorted(name for name, channel in self.channels.items() if channel.readers)
+        channel = self.channels[data.draw(st.sampled_from(names))]
+        future = channel.readers.pop(data.draw(st.integers(0, len(channel.readers) - 1)))
+        future.cancel()
+        self.call(settle, self.layer, self.waiting())
+
+    @rule(data=st.data(), late=st.booleans())
+    def cancel_reader_as_message_comes(self, data: st.DataObject, late: bool) -> None:  # noqa: FBT001
+        """Cancel a reader just before or after its message was sent: it has the message, or the channel still does."""
+        idle = sorted(name for name in CAPACITIES if not (self.channels[name].readers or self.channels[name].entries))
+        if not idle:
+            return
+        name = data.draw(st.sampled_from(idle))
+        number, message = self.new_message()
+        got: Message | None = self.call(self._race, name, message, late)
+        self.model_put(self.channels[name], number)
+        if got is not None:
+            self.expect(f"Cancellation: a reader of {name!r} received", got, self.model_take(self.channels[name]))
+
+    async def _race(self, name: str, message: Message, late: bool) -> Message | None:  # noqa: FBT001
+        got: list[Message] = []
+        reader = CancelScope()
+
+        async def read() -> None:
+            with reader:
+                got.append(await self.layer.receive(name))
+
+        async with create_task_group() as tg:
+            tg.start_soon(read)
+            await settle(self.layer, self.waiting() + 1)
+            if late:
+                await self.layer.send(name, message)
+                reader.cancel()
+            else:
+                reader.cancel()
+                await self.layer.send(name, message)
+        return got[0] if got else None
+
+    @rule(data=st.data(), group=st.sampled_from(GROUPS))
+    def group_add(self, data: st.DataObject, group: str) -> None:
+        """Join, or renew."""
+        name = data.draw(st.sampled_from(sorted(self.channels)))
+        self.call(self.layer.group_add, group, name)
+        members = self.groups[group]
+        if members.get(name) != inf:
+            members[name] = self.now + GROUP_EXPIRY
+
+    @rule(data=st.data(), group=st.sampled_from(GROUPS))
+    def group_discard(self, data: st.DataObject, group: str) -> None:
+        """Leave, or do nothing."""
+        name = data.draw(st.sampled_from(sorted(self.channels)))
+        self.call(self.layer.group_discard, group, name)
+        self.groups[group].pop(name, None)
+
+    @rule(data=st.data(), group=st.sampled_from(GROUPS))
+    def group_send(self, data: st.DataObject, group: str) -> None:
+        """Broadcast, perhaps without some: every other member once, but for those that are full."""
+        exclude = data.draw(st.sets(st.sampled_from(sorted(self.channels)), max_size=2))
+        number, message = self.new_message()
+        self.call(lambda: self.layer.group_send(group, message, exclude=exclude))
+        for name in self.groups[group]:
+            channel = self.channels[name]
+            if name not in exclude and not self.model_put(channel, number):
+                self.counts.sent += 1
+                self.counts.dropped_full += 1
+                channel.gap(len(channel.entries))
+        self.deliver()
+
+    @rule(
+        data=st.data(),
+        inbox=st.sampled_from(INBOXES),
+        groups=st.sets(st.sampled_from(GROUPS)),
+        capacity=st.integers(1, 3),
+        overflow=st.sampled_from(("drop_new", "drop_old")),
+        on_gap=st.sampled_from(("ignore", "event")),
+    )
+    def open_or_close_inbox(
+        self, data: st.DataObject, inbox: str, groups: set[str], capacity: int, overflow: _Overflow, on_gap: _OnGap
+    ) -> None:
+        """Enter or leave the block of an inbox; it is left with readers waiting, with messages unread, or without."""
+        if inbox in self.inboxes:
+            context, opened = self.inboxes.pop(inbox)
+            channel = self.channels.pop(opened.channel)
+            for members in self.groups.values():
+                members.pop(opened.channel, None)
+            self.counts.discarded += channel.messages()
+            context.__exit__(None, None, None)
+            self._require_closed(channel.readers)
+        else:
+            subscription = self.layer.subscribe(*sorted(groups), capacity=capacity, overflow=overflow, on_gap=on_gap)
+            context = self.portal.wrap_async_context_manager(subscription)
+            opened = context.__enter__()
+            self.inboxes[inbox] = (context, opened)
+            self.channels[opened.channel] = _Channel(capacity, owned=True, overflow=overflow, on_gap=on_gap)
+            for group in groups:
+                self.groups[group][opened.channel] = inf
+
+    @precondition(lambda self: self.inboxes)
+    @rule(data=st.data(), group=st.sampled_from(GROUPS), leave=st.booleans())
+    def join_or_leave(self, data: st.DataObject, group: str, leave: bool) -> None:  # noqa: FBT001
+        """An inbox joins or leaves a group."""
+        _, inbox = self.inboxes[data.draw(st.sampled_from(sorted(self.inboxes)))]
+        if leave:
+            self.call(inbox.leave, group)
+            self.groups[group].pop(inbox.channel, None)
+        else:
+            self.call(inbox.join, group)
+            self.groups[group][inbox.channel] = inf
+
+    @rule(seconds=st.sampled_from((1.0, EXPIRY / 2, EXPIRY, GROUP_EXPIRY / 2, GROUP_EXPIRY)))
+    def let_time_pass(self, seconds: float) -> None:
+        """Let messages and memberships expire."""
+        self.call(self.clock.advance, self.layer, seconds)
+        self.model_time()
+
+    @rule(often=st.integers(0, 9))
+    def flush(self, often: int) -> None:
+        """Blank the layer; not at every opportunity, or there would be little to see."""
+        if often:
+            return
+        self.call(self.layer.flush)
+        for channel in self.channels.values():
+            self.counts.discarded += channel.messages()
+            channel.entries.clear()
+        for members in self.groups.values():
+            members.clear()
+
+    @rule(data=st.data())
+    def hog(self, data: st.DataObject) -> None:
+        """A task that only sends and receives lets another run in time."""
+        idle = sorted(name for name in CAPACITIES if not (self.channels[name].readers or self.channels[name].entries))
+        if idle:
+            name = data.draw(st.sampled_from(idle))
+            calls, turns = self.call(self._hog, name)
+            self.counts.sent += calls // 2
+            self.counts.received += calls // 2
+            least = calls // self.layer.YIELD_EVERY - 1  # the last time both may run, the other comes second
+            require(turns >= least, f"Yielding: in {calls} calls another task ran {turns} times; at least {least}")
+
+    async def _hog(self, name: str) -> tuple[int, int]:
+        turns = 0
+        calls = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await checkpoint()
+
+        async with create_task_group() as tg:
+            tg.start_soon(other)
+            while calls < 4 * self.layer.YIELD_EVERY:
+                await self.layer.send(name, {})
+                await self.layer.receive(name)
+                calls += 2
+            tg.cancel_scope.cancel()
+        return calls, turns
+
+    # What must be true after every step
+
+    @invariant()
+    def statistics_add_up(self) -> None:
+        """``statistics()`` says what the model says."""
+        seen = self.layer.statistics()
+        model = self.counts
+        held = {
+            "buffered_messages": sum(channel.messages() for channel in self.channels.values()),
+            "channels": sum(channel.owned or channel.messages() > 0 for channel in self.channels.values()),
+            "groups": sum(bool(members) for members in self.groups.values()),
+            "members": sum(len(members) for members in self.groups.values()),
+            "waiting_receivers": self.waiting(),
+        }
+        for name, expected in (held | vars(model)).items():
+            self.expect(f"Statistics: {name}", getattr(seen, name), expected)
+
+    @invariant()
+    def members_are_known(self) -> None:
+        """``group_channels()`` says what the model says."""
+        for group, members in self.groups.items():
+            self.expect(f"Groups: {group!r}", self.call(self.layer.group_channels, group), set(members))
+
+    def _require_closed(self, readers: list[Future[Message]]) -> None:
+        for future in readers:
+            try:
+                got = future.result(_WAIT)
+            except ClosedResourceError:
+                continue
+            raise ContractViolation(f"Closing: a reader should have got ClosedResourceError, received {got}")
+
+    def teardown(self) -> None:
+        """Receive all that should be there, close, and see that nobody is left waiting."""
+        try:
+            for name, channel in self.channels.items():
+                while channel.entries:
+                    self.expect(f"Delivery on {name!r}", self.call(self.layer.receive, name), self.model_take(channel))
+            self.call(self.layer.close)
+            for channel in self.channels.values():
+                self._require_closed(channel.readers)
+        finally:
+            for context, _ in self.inboxes.values():
+                context.__exit__(None, None, None)
+            self.layer_context.__exit__(None, None, None)
+            self.portal.call(self.portal.stop, True)  # noqa: FBT003 - also cancels what a broken layer left waiting
+            self.portal_context.__exit__(None, None, None)
+
+
+def contract_machine(
+    factory: LayerFactory, backend: str = "asyncio", backend_options: dict[str, Any] | None = None
+) -> type[RuleBasedStateMachine]:
+    """Return a state machine for layers that ``factory`` makes, on ``backend`` with ``backend_options`` as anyio takes them.
+
+    Run it with ``hypothesis.stateful.run_state_machine_as_test``, or hand its ``TestCase`` to a test runner::
+
+        TestMyLayer = contract_machine(make_layer, "trio").TestCase
+    """
+
+    class Machine(ContractMachine):
+        pass
+
+    Machine.factory = staticmethod(factory)  # type: ignore[assignment]
+    Machine.backend = backend
+    Machine.backend_options = backend_options or {}
+    Machine.__name__ = Machine.__qualname__ = f"ContractMachine[{getattr(factory, '__name__', factory)}, {backend}]"
+    return Machine
