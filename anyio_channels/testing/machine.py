@@ -20,8 +20,7 @@ from math import inf
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from anyio import CancelScope, ClosedResourceError, create_task_group
-from anyio.abc import BlockingPortal
-from anyio.from_thread import start_blocking_portal
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from anyio.lowlevel import checkpoint
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -471,6 +470,8 @@ class ContractMachine(RuleBasedStateMachine):
                 got = future.result(_WAIT)
             except ClosedResourceError:
                 continue
+            except TimeoutError as error:
+                raise ContractViolation("Closing: a reader still waits") from error
             raise ContractViolation(f"Closing: a reader should have got ClosedResourceError, received {got}")
 
     def teardown(self) -> None:

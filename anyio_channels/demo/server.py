@@ -1,0 +1,87 @@
+"""How the demo is served: anycorn, on whatever backend runs, until a signal.
+
+Rules:
+- the address is announced when it answers, not before.
+- SIGINT and SIGTERM end it in order: no new connections, then those there are, then the layer.
+- nobody holds it up: a connection that has not ended shortly after the signal is hung up on.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from anycorn import Config, serve  # pyright: ignore[reportUnknownVariableType]
+from anyio import TASK_STATUS_IGNORED, Event, create_task_group, open_signal_receiver, sleep
+from anyio.abc import TaskStatus
+
+from anyio_channels.layers import BaseChannelLayer
+
+from .app import create_app
+
+__all__ = ["listen", "serve_chat"]
+
+_BACKLOG: Final = 1024
+_MAX_FRAME: Final = 64 * 1024
+_GRACE: Final = 0.3
+_HANG_UP_AFTER: Final = 1.0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at the address, or raise ``OSError``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+
+
+async def serve_chat(layer: BaseChannelLayer, listener: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve the chat over the open ``layer`` at ``listener``, which it closes, until SIGINT or SIGTERM.
+
+    ``announce`` is called with the address of the page as soon as it can be visited.
+    """
+    port: int = listener.getsockname()[1]
+    config = Config()
+    config.bind = f"fd://{listener.detach()}"
+    config.backlog = _BACKLOG
+    config.loglevel = "WARNING"
+    config.graceful_timeout = _GRACE
+    config.websocket_max_message_size = _MAX_FRAME
+    config.websocket_permessage_deflate = False  # most connections are from this machine
+    app: Any = create_app(layer)  # Starlette's types and anycorn's describe the same protocol in different words
+    stopping = Event()
+    async with create_task_group() as watching:
+        await watching.start(_watch_signals, stopping, port)
+        async with create_task_group() as serving:
+            run = partial(serve, app, config, shutdown_trigger=stopping.wait)
+            announce((await serving.start(run))[0])
+        watching.cancel_scope.cancel()
+
+
+async def _watch_signals(stopping: Event, port: int, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+    with open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            stopping.set()
+            await sleep(_HANG_UP_AFTER)
+            _hang_up(port)
+
+
+def _hang_up(port: int) -> None:
+    """End all connections to ``port``.
+
+    anycorn shields its writes from cancellation, so one to a browser that reads no more would never end. Neither ASGI
+    nor anycorn gives away the socket, but the system knows which there are.
+    """
+    for entry in Path("/dev/fd").iterdir():
+        try:
+            connection = socket.socket(fileno=int(entry.name))
+        except OSError:
+            continue  # not a socket
+        try:
+            if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getsockname()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            connection.detach()

@@ -1,0 +1,216 @@
+"""Layers broken on purpose, each in one clause of the contract: the kit must catch every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import anyio
+
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.layers.base import Message
+from anyio_channels.layers.mailbox import Waiter
+from anyio_channels.layers.memory import _Channel, _Group
+
+
+class OverAccepts(InMemoryChannelLayer):
+    """Checks for room, lets others run, then sends without looking again, as a peer does."""
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        before = self._channels.get(channel)
+        await super().send(channel, message, wait=wait) if before is None else await anyio.lowlevel.checkpoint()
+        if before is not None:
+            full = len(before.entries) >= before.capacity
+            await anyio.lowlevel.checkpoint()
+            if not full:
+                before._limit += 1
+                before.capacity += 1
+            await super().send(channel, message, wait=wait)
+
+
+class DeliversTwice(InMemoryChannelLayer):
+    """Every third message comes twice."""
+
+    count = 0
+
+    async def receive(self, channel: str) -> Message:
+        message = await super().receive(channel)
+        self.count += 1
+        if self.count % 3 == 0:
+            source = self._channels[channel]
+            source.entries.appendleft((self._clock() + self.expiry, self._encode(message)))
+            self._room.books.sent += 1
+            source._books.occupied += source._weight if len(source.entries) == 1 else 0
+        return message
+
+
+class Reorders(InMemoryChannelLayer):
+    """The newest of three messages comes first."""
+
+    def send_nowait(self, channel: str, message: Message) -> None:
+        super().send_nowait(channel, message)
+        entries = self._channels[channel].entries
+        if len(entries) > 2:
+            entries.rotate(1)
+
+
+class ForgetsDiscard(InMemoryChannelLayer):
+    """Leaving a group does nothing."""
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        self.require_valid_group_name(group)
+        self.require_valid_channel_name(channel)
+        await self._check_in()
+
+
+class IgnoresExpiry(InMemoryChannelLayer):
+    """Messages live for ever."""
+
+    def __init__(self, expiry: float = 60, group_expiry: float = 86400, **options: Any) -> None:
+        super().__init__(10.0**9, group_expiry, **options)
+
+
+class IgnoresGroupExpiry(InMemoryChannelLayer):
+    """Memberships live for ever."""
+
+    def __init__(self, expiry: float = 60, group_expiry: float = 86400, **options: Any) -> None:
+        super().__init__(expiry, 10.0**9, **options)
+
+
+class LosesOnCancel(InMemoryChannelLayer):
+    """Takes the message first and lets others run afterwards, so a cancellation loses it."""
+
+    async def receive(self, channel: str) -> Message:
+        message = await super().receive(channel)
+        await anyio.lowlevel.checkpoint()
+        return message
+
+
+class SharesOneMessage(InMemoryChannelLayer):
+    """All receivers of a broadcast get the same object."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        known: dict[bytes, Message] = {}
+        decode = self._decode
+        self._decode = lambda data: known.setdefault(data, decode(data))
+
+
+class SharesWithSender(InMemoryChannelLayer):
+    """Decodes nothing: hands on the sender's own dict."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        encode = self._encode
+        kept: dict[bytes, Message] = {}
+
+        def keep(message: Message) -> bytes:
+            data = encode(message)
+            kept[data] = message
+            return data
+
+        self._encode = keep
+        decode = self._decode
+        self._decode = lambda data: kept.get(data) or decode(data)
+
+
+class NeverYields(InMemoryChannelLayer):
+    """Never lets another task run unless it waits."""
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        if anyio.current_effective_deadline() == float("-inf"):
+            await anyio.lowlevel.checkpoint()
+        if wait:
+            await super().send(channel, message, wait=wait)
+        else:
+            self.send_nowait(channel, message)
+
+    async def receive(self, channel: str) -> Message:
+        if anyio.current_effective_deadline() == float("-inf"):
+            await anyio.lowlevel.checkpoint()
+        try:
+            return self.receive_nowait(channel)
+        except anyio.WouldBlock:
+            return await super().receive(channel)
+
+
+class DropsWaiters(InMemoryChannelLayer):
+    """A flush throws the channels away under those who wait at them."""
+
+    async def flush(self) -> None:
+        await super().flush()
+        self._channels = {}
+
+
+class SkipsFull(InMemoryChannelLayer):
+    """A full member stops the broadcast: those behind it miss it too."""
+
+    def group_send_nowait(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        original = _Group.present
+
+        def present(self: _Group, now: float, rung: list[Waiter]) -> list[_Channel]:
+            found = original(self, now, rung)
+            full = [number for number, channel in enumerate(found) if len(channel.entries) >= channel._limit]
+            return found[: full[0] + 1] if full else found
+
+        _Group.present = present  # type: ignore[method-assign]
+        try:
+            super().group_send_nowait(group, message, exclude=exclude)
+        finally:
+            _Group.present = original  # type: ignore[method-assign]
+
+
+class KeepsMembershipOfExpired(InMemoryChannelLayer):
+    """A channel whose reader is gone stays in its groups."""
+
+    def _add_channel(self, name: str) -> _Channel:
+        channel = super()._add_channel(name)
+        channel.__class__ = _Stays
+        return channel
+
+
+class _Stays(_Channel):
+    __slots__ = ()
+
+    def expired_unread(self) -> None:
+        pass
+
+
+class AcceptsAnyName(InMemoryChannelLayer):
+    """Checks names like the peers, with ``match`` and ``$``."""
+
+    def require_valid_channel_name(self, name: object, receive: bool = False) -> bool:
+        if isinstance(name, str) and name.endswith("\n"):
+            name = name[:-1]
+        return super().require_valid_channel_name(name, receive)
+
+
+class WorksClosed(InMemoryChannelLayer):
+    """Closing leaves those who wait waiting."""
+
+    async def close(self) -> None:
+        self._opened = False
+
+
+BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
+    (OverAccepts, {"Capacity"}),
+    (DeliversTwice, {"Delivery"}),
+    (Reorders, {"Delivery"}),
+    (ForgetsDiscard, {"Groups"}),
+    (IgnoresExpiry, {"Expiry"}),
+    (IgnoresGroupExpiry, {"Groups"}),
+    (LosesOnCancel, {"Cancellation"}),
+    (SharesOneMessage, {"Isolation"}),
+    (SharesWithSender, {"Isolation"}),
+    (NeverYields, {"Yielding"}),
+    (DropsWaiters, {"Flush"}),
+    (SkipsFull, {"Groups"}),
+    (KeepsMembershipOfExpired, {"Expiry"}),
+    (AcceptsAnyName, {"Names"}),
+    (WorksClosed, {"Opening and closing"}),
+]
+"""Each with a clause that the checks must name."""
+
+NOT_FOR_THE_MACHINE = {SharesOneMessage, SharesWithSender, AcceptsAnyName}
+"""The machine's messages are one number each, and its names are good: these are the checks' to find."""
+

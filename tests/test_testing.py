@@ -1,0 +1,92 @@
+"""The contract kit: it passes on our layer, and catches every layer that is broken on purpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+from broken import BROKEN, NOT_FOR_THE_MACHINE
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.layers.base import BaseChannelLayer
+from anyio_channels.testing import CHECKS, Check, Clock, ContractViolation, contract_machine, run_checks
+
+
+def make_memory(clock: Clock, **options: Any) -> InMemoryChannelLayer:
+    return InMemoryChannelLayer(clock=clock, **options)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+async def test_in_memory_layer_passes(check: Check) -> None:
+    """The in-memory layer keeps every clause of the contract, on every backend."""
+    await check(make_memory)
+
+
+@pytest.mark.anyio
+async def test_run_checks_passes() -> None:
+    """All checks at once, as an author of a layer runs them."""
+    await run_checks(make_memory)
+
+
+def test_in_memory_layer_matches_the_model(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """The in-memory layer does what the plain-dict model does, on every backend."""
+    run_state_machine_as_test(contract_machine(make_memory, *anyio_backend))
+
+
+@pytest.mark.parametrize(("layer", "clauses"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_checks_catch(layer: Any, clauses: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks name the clause that a broken layer breaks."""
+    monkeypatch.setattr("anyio_channels.testing.checks._TIME_LIMIT", 1.0)
+
+    def make(clock: Clock, **options: Any) -> BaseChannelLayer:
+        made: BaseChannelLayer = layer(clock=clock, **options)
+        return made
+
+    with pytest.raises(ExceptionGroup) as caught:
+        anyio.run(run_checks, make)
+    named = {str(violation).split(":")[0] for violation in caught.value.exceptions}
+    assert clauses <= named
+
+
+@pytest.mark.parametrize("layer", [layer for layer, _ in BROKEN if layer not in NOT_FOR_THE_MACHINE])
+def test_machine_catches(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state machine finds a broken layer too, within the examples of the fast profile."""
+    monkeypatch.setattr("anyio_channels.testing.machine._WAIT", 1.0)
+
+    def make(clock: Clock, **options: Any) -> BaseChannelLayer:
+        made: BaseChannelLayer = layer(clock=clock, **options)
+        return made
+
+    with pytest.raises(ContractViolation):
+        run_state_machine_as_test(
+            contract_machine(make, "asyncio"),
+            settings=settings(
+                max_examples=300,
+                stateful_step_count=50,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],  # found is enough: the shortest example is for people
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+@pytest.mark.anyio
+async def test_a_check_that_hangs_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose calls never come back is caught, and the clause is named."""
+    monkeypatch.setattr("anyio_channels.testing.checks._TIME_LIMIT", 0.05)
+
+    class Hangs(InMemoryChannelLayer):
+        async def receive(self, channel: str) -> dict[str, Any]:
+            await anyio.sleep_forever()
+            raise AssertionError
+
+    check = next(check for check in CHECKS if check.name == "message_types")
+    with pytest.raises(ContractViolation, match=r"Messages: message_types ended with TimeoutError"):
+        await check(lambda clock, **options: Hangs(clock=clock, **options))
