@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +79,7 @@ async def chat(websocket: WebSocket) -> None:
 
 
 @asynccontextmanager
-async def present(layer: BaseChannelLayer, group: str, me: dict[str, str]) -> AsyncIterator[None]:
+async def present(layer: BaseChannelLayer, group: str, me: dict[str, str]) -> AsyncGenerator[None]:
     """Tell the others in the room about ``me``: now that I come, and when I leave, even if that is by cancellation."""
     await layer.group_send(group, {"type": "joined", **me}, exclude={me["id"]})
     try:

@@ -50,16 +50,13 @@ def demo(backend: str, url: str, host: str, port: int) -> None:
         raise click.UsageError(f"{backend} is not installed: pip install 'anyio_channels[demo]'")
     try:
         listener = listen(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a host that can be no name
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if error.errno == errno.EADDRINUSE:
-            raise click.ClickException(
-                f"{address} is taken by another program; choose another port with --port (--port 0 takes a free one)"
-            ) from error
-        reason = error.strerror or str(error)
-        raise click.ClickException(
-            f"cannot listen on {address}: {reason}; choose another address with --host and --port"
-        ) from error
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            trouble = f"{address} is taken by another program; choose another with --port (0 takes a free one)"
+        else:
+            trouble = f"cannot listen on {address}: {error}; choose another address with --host and --port"
+        raise click.ClickException(trouble) from error
     with listener:
         anyio.run(_run, layer, url, listener, backend, backend=backend)
 

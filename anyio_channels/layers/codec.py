@@ -20,7 +20,7 @@ from ormsgpack import packb, unpackb
 
 from anyio_channels.exceptions import MessageTooLarge
 
-__all__ = ["Codec"]
+__all__ = ["MAX_DEPTH", "Codec"]
 
 RESERVED_KEY: Final = "__asgi_channel__"
 """Redis layers put the full name of a process-specific channel under this key (channel layer specification)."""
@@ -32,7 +32,8 @@ _STRICT: Final = (
     | ormsgpack.OPT_PASSTHROUGH_SUBCLASS
     | ormsgpack.OPT_PASSTHROUGH_UUID
 )
-_MAX_DEPTH: Final = 128
+MAX_DEPTH: Final = 255
+"""How many lists and dicts may stand in one another, the message among them."""
 _RULE: Final = (
     "a message holds str, bytes, int (64 bit), float, bool, None, and lists and dicts (with str keys) of those; "
     "give the layer default= to convert other types"
@@ -71,8 +72,8 @@ class Codec:
         return data
 
     def _plain(self, value: Any, where: str, depth: int) -> Any:  # noqa: PLR0911 - one return for each type
-        if depth > _MAX_DEPTH:
-            raise TypeError(f"{where[:80]}... is nested deeper than {_MAX_DEPTH} levels; no layer carries that")
+        if depth > MAX_DEPTH or (depth == MAX_DEPTH and isinstance(value, list | tuple | dict)):
+            raise TypeError(f"{where[:80]}... is nested deeper than {MAX_DEPTH} levels; no layer carries that")
         match value:
             case None | bool():
                 return value

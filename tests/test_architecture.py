@@ -1,0 +1,70 @@
+"""The walls: who may import whom, and that the package never reaches for a backend."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anyio_channels
+
+PACKAGE = Path(anyio_channels.__file__).parent
+ALLOWED = {
+    "exceptions": set(),
+    "layers.codec": {"exceptions", "ormsgpack"},
+    "layers.expiry": set(),
+    "layers.backend": {"anyio"},
+    "layers.mailbox": {"anyio", "layers.backend", "layers.expiry"},
+    "layers.inbox": {"anyio", "exceptions", "layers.base"},
+    "layers.base": {"anyio", "exceptions", "layers.backend", "layers.inbox"},
+    "layers.memory": {
+        "anyio", "exceptions", "layers.base", "layers.backend", "layers.codec", "layers.expiry", "layers.mailbox",
+    },
+    "layers.registry": {"layers.base", "layers.memory"},
+    "testing.checks": {"anyio", "exceptions", "layers.base"},
+    "testing.machine": {"anyio", "exceptions", "hypothesis", "layers.base", "layers.inbox", "testing.checks"},
+}  # fmt: skip
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """What a module imports: ours by their name inside the package, others by their top level."""
+    parts = ["anyio_channels", *name_of(path).split(".")]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = parts[: len(parts) - node.level] if node.level else []
+            found.add(".".join([*above, *([node.module] if node.module else [])]))
+    ours = {name.removeprefix("anyio_channels.") for name in found if name.startswith("anyio_channels.")}
+    others = {name.split(".")[0] for name in found if not name.startswith("anyio_channels")}
+    return ours | (others - sys.stdlib_module_names) | (others & {"asyncio"})
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_imports_point_one_way(module: str) -> None:
+    """A module imports what its place allows, and nothing else."""
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+    assert imports(path) <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_reaches_for_a_backend(path: Path) -> None:
+    """No asyncio and no trio, anywhere in the package."""
+    assert not imports(path) & {"asyncio", "trio", "sniffio"}
+
+
+def test_importing_the_package_needs_no_extra() -> None:
+    """Importing anyio_channels brings in its two dependencies and no optional one."""
+    code = "import sys, anyio_channels; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+    assert {"anyio", "ormsgpack"} <= loaded
+    assert not loaded & {"trio", "hypothesis", "click", "starlette", "anycorn", "redis", "pytest"}

@@ -1,0 +1,148 @@
+"""The console script, run as users run it: in a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from anyio_channels import __version__
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the script to its end; ``before`` is Python that runs first in its process."""
+    if before:
+        start = ["-c", f"import sys\n{before}\nfrom anyio_channels.cli import main\nmain()"]
+    else:
+        start = ["-m", "anyio_channels.cli"]
+    return subprocess.run(
+        [sys.executable, "-W", "error", *start, *arguments],
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        timeout=30,
+    )
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert __version__ in result.stdout
+
+
+def test_help_names_every_option() -> None:
+    result = run("demo", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for option in ("--backend", "--layer", "--host", "--port", "memory://", "8000"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "trouble"),
+    [
+        ("nosuch://ann:s3cret@localhost", "nosuch://"),
+        ("memory://?nosuch=1", "nosuch"),
+        ("memory://?capacity=many", "capacity"),
+        ("memory://?capacity=0", "capacity"),
+        ("memory://?max_message_size=100", "max_message_size"),
+        ("nosuch://ann:s3cret@loc\u2100lhost", "NFKC"),
+        ("lobby", "memory://"),
+    ],
+)
+def test_bad_layer_url(url: str, trouble: str) -> None:
+    result = run("demo", "--port", "0", "--layer", url)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "--layer" in result.stderr
+    assert trouble in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "s3cret" not in result.stderr
+
+
+def test_layer_that_cannot_be_opened() -> None:
+    before = """
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.layers import registry
+
+class Broken(InMemoryChannelLayer):
+    async def open(self):
+        raise ConnectionError("no answer from ann:s3cret@db:1234")
+
+registry._SCHEMES["broken"] = lambda url, options: Broken()
+"""
+    result = run("demo", "--port", "0", "--layer", "broken://ann:s3cret@db:1234/chat?password=s3cret", before=before)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "Error: cannot open the layer broken://db:1234/chat: no answer from ***@db:1234\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--port", "70000"), ("--port", "http"), ("--backend", "curio"), ("--nosuch", "1")]
+)
+def test_bad_option(option: str, value: str) -> None:
+    result = run("demo", option, value)
+    assert result.returncode == 2
+    assert option in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_port_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("demo", "--port", str(port))
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert f"127.0.0.1:{port} is taken" in result.stderr
+    assert "--port" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("192.0.2.1", "192.0.2.1:0"),  # for documentation: nobody has it
+        ("2001:db8::1", "[2001:db8::1]:0"),
+        ("x" * 300, f"{'x' * 300}:0"),
+    ],
+)
+def test_address_that_cannot_be_had(host: str, shown: str) -> None:
+    result = run("demo", "--host", host, "--port", "0")
+    assert result.returncode == 1
+    assert f"cannot listen on {shown}: " in result.stderr
+    assert "--host" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["click", "starlette", "anycorn"])
+def test_missing_extra(module: str) -> None:
+    result = run("demo", before=f"sys.modules[{module!r}] = None")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"anyio-channels needs {module}")
+    assert result.stderr.endswith(": pip install 'anyio_channels[demo]'\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_missing_trio() -> None:
+    result = run("demo", "--backend", "trio", "--port", "0", before="sys.modules['trio'] = None")
+    assert result.returncode == 2
+    assert "trio is not installed: pip install 'anyio_channels[demo]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_other_missing_modules_are_not_blamed_on_the_extra() -> None:
+    result = run("demo", before="sys.modules['anyio_channels.demo.server'] = None")
+    assert result.returncode == 1
+    assert "ModuleNotFoundError" in result.stderr
+    assert "pip install" not in result.stderr
+
+
+def test_the_package_imports_nothing_of_the_extra() -> None:
+    code = (
+        "import sys, anyio_channels, anyio_channels.cli\n"
+        "print({name.partition('.')[0] for name in sys.modules} & {'click', 'starlette', 'anycorn', 'trio'})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, encoding="utf-8", timeout=30)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,443 @@
+"""The in-memory layer, where the contract kit does not look: growth, logging, the plain functions, and odd moments."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+from typing import Any
+
+import anyio
+import pytest
+from conftest import Clock
+
+from anyio_channels import ChannelFull, InMemoryChannelLayer, MessagesLost
+from anyio_channels.layers.memory import channel_layer
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_plain_functions(layer: InMemoryChannelLayer) -> None:
+    """send_nowait, receive_nowait and group_send_nowait do what their async twins do, without waiting."""
+    with pytest.raises(anyio.WouldBlock):
+        layer.receive_nowait("a")
+    layer.send_nowait("a", {"n": 1})
+    assert layer.receive_nowait("a") == {"n": 1}
+    await layer.group_add("group", "a")
+    await layer.group_add("group", "b")
+    layer.group_send_nowait("group", {"n": 2}, exclude=("b",))
+    assert layer.receive_nowait("a") == {"n": 2}
+    with pytest.raises(anyio.WouldBlock):
+        layer.receive_nowait("b")
+    for _ in range(5):
+        layer.send_nowait("a", {})
+    with pytest.raises(ChannelFull, match="channel 'a' holds 5 unexpired messages, its capacity"):
+        layer.send_nowait("a", {})
+    for call in (layer.send_nowait, layer.group_send_nowait):
+        with pytest.raises(TypeError, match="name must be"):
+            call(["a"], {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="name must be"):
+        layer.receive_nowait("no name")
+    with pytest.raises(TypeError, match="exclude must be a collection of channel names, not 5"):
+        layer.group_send_nowait("group", {}, exclude=5)  # type: ignore[arg-type]
+
+
+async def test_receive_nowait_leaves_what_is_promised(layer: InMemoryChannelLayer) -> None:
+    """A message that woke a waiting reader is that reader's: whoever does not wait cannot overtake it."""
+    got: list[Any] = []
+
+    async def read() -> None:
+        got.append(await layer.receive("a"))
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        layer.send_nowait("a", {"n": 1})
+        with pytest.raises(anyio.WouldBlock):
+            layer.receive_nowait("a")
+        layer.send_nowait("a", {"n": 2})
+        assert layer.receive_nowait("a") == {"n": 1}
+    assert got == [{"n": 2}]
+
+
+async def test_never_opened_or_closed_needs_nothing() -> None:
+    """The ready-made layer works without ``async with``; and with it, again and again."""
+    await channel_layer.send("a", {"n": 1})
+    assert await channel_layer.receive("a") == {"n": 1}
+    for _ in range(2):
+        async with channel_layer:
+            await channel_layer.send("a", {"n": 1})
+            assert channel_layer.statistics().sent >= 1
+        with pytest.raises(anyio.ClosedResourceError, match="closed; open it again with 'async with layer:'"):
+            await channel_layer.send("a", {})
+        with pytest.raises(anyio.ClosedResourceError):
+            channel_layer.receive_nowait("a")
+    async with channel_layer:
+        counts = channel_layer.statistics()
+        assert (counts.sent, counts.buffered_messages, counts.discarded) == (0, 0, 0)
+    channel_layer._closed = False  # as it was before this test, for others
+
+
+async def test_a_hundred_thousand_unread_channels_leave_nothing(clock: Clock) -> None:
+    """Channels that were sent a message each and never read leave the layer as small as it was, once they expired."""
+    layer = InMemoryChannelLayer(clock=clock, expiry=10)
+    for number in range(100_000):
+        layer.send_nowait(f"reply.{number}", {"n": number})
+    clock.advance(10)
+    counts = layer.statistics()
+    assert (counts.channels, counts.buffered_messages, counts.expired) == (0, 0, 100_000)
+    assert len(layer._channels) == len(layer._room.index) == 0
+
+
+async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
+    """Traffic on one channel reclaims what expired on others, a few at each call, without statistics() or a scan."""
+    layer = InMemoryChannelLayer(clock=clock, expiry=10)
+    for number in range(1000):
+        layer.send_nowait(f"reply.{number}", {"n": number})
+    clock.advance(10)
+    for _ in range(1000):
+        layer.send_nowait("busy", {})
+        layer.receive_nowait("busy")
+    assert set(layer._channels) == {"busy"}
+
+
+async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
+    """Connections, reply channels and groups by the thousand do not pile up, though no time passes."""
+    layer = InMemoryChannelLayer(clock=clock)
+    async with layer.subscribe("lobby"):
+        for number in range(10_000):
+            async with layer.subscribe("lobby", f"user.{number}") as inbox:
+                await layer.send(inbox.channel, {})
+            name = await layer.new_channel()
+            await layer.send(name, {})
+            await layer.receive(name)
+            await layer.group_add(f"group.{number}", name)
+            await layer.group_discard(f"group.{number}", name)
+        counts = layer.statistics()
+        assert (counts.channels, counts.groups, counts.members) == (1, 1, 1)
+        assert len(layer._channels) < 3000
+        assert len(layer._room.index) < 5000
+
+
+async def test_a_wait_that_is_cancelled_again_and_again_leaves_nothing(layer: InMemoryChannelLayer) -> None:
+    """A reader that looks for a message with a time-out, for ever, leaves no trace of its attempts."""
+    for _ in range(1000):
+        with anyio.move_on_after(0):
+            await layer.receive("a")
+    assert layer.statistics().waiting_receivers == 0
+    assert layer._channels["a"].idle
+
+
+async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
+    """All members hold the same bytes until they receive."""
+    for number in range(100):
+        await layer.group_add("group", f"a.{number}")
+    await layer.group_send("group", {"text": "x" * 1000})
+    held = {id(channel.entries[0][1]) for channel in layer._channels.values()}
+    assert len(held) == 1
+
+
+async def test_a_full_member_is_logged_once(
+    layer: InMemoryChannelLayer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Misses are counted each, and logged once per group and expiry."""
+    async with layer.subscribe("group", capacity=1), layer.subscribe("group", capacity=1):
+        await layer.group_send("group", {})
+        with caplog.at_level(logging.WARNING, "anyio_channels"):
+            for _ in range(5):
+                await layer.group_send("group", {})
+            assert [record.getMessage() for record in caplog.records] == [
+                "group 'group': 2 of its members were full and missed a message; in the next 10 s more such are only counted"
+            ]
+            clock.advance(10)
+            await layer.group_send("group", {})
+            await layer.group_send("group", {})
+            assert len(caplog.records) == 2
+        assert layer.statistics().dropped_full == 12
+
+
+async def test_expiry_is_a_gap_too(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """An inbox whose reader was too slow hears of what expired, joined with what overflowed before and behind it."""
+    async with layer.subscribe("group", capacity=2, on_gap="event") as inbox:
+        for number in range(3):
+            await layer.group_send("group", {"n": number})
+        clock.advance(10)
+        await layer.group_send("group", {"n": 3})
+        gap = {"type": "channel_layer.gap", "missed": 3}
+        assert [layer.receive_nowait(inbox.channel), await inbox.receive()] == [gap, {"n": 3}]
+        await layer.group_send("group", {"n": 4})
+        clock.advance(5)
+        await layer.group_send("group", {"n": 5})
+        await layer.group_send("group", {"n": 6})
+        clock.advance(5)
+        assert layer.statistics().buffered_messages == 1
+        assert await inbox.receive() == {"type": "channel_layer.gap", "missed": 1}
+        assert await inbox.receive() == {"n": 5}
+        assert await inbox.receive() == {"type": "channel_layer.gap", "missed": 1}
+        with pytest.raises(anyio.WouldBlock):
+            layer.receive_nowait(inbox.channel)
+    counts = layer.statistics()
+    assert (counts.sent, counts.expired, counts.dropped_full, counts.received) == (7, 3, 2, 2)
+
+
+async def test_gaps_take_no_room(layer: InMemoryChannelLayer) -> None:
+    """With drop_old and with drop_new an inbox holds its full capacity of messages beside its gaps."""
+    for overflow, numbers in (("drop_new", [0, 1]), ("drop_old", [4, 5])):
+        async with layer.subscribe("group", capacity=2, overflow=overflow, on_gap="raise") as inbox:  # type: ignore[arg-type]
+            for number in range(6):
+                await layer.group_send("group", {"n": number})
+            got: list[object] = []
+            while len(got) < 3:
+                try:
+                    got.append((await inbox.receive())["n"])
+                except MessagesLost as lost:
+                    got.append(lost.missed)
+            assert sorted(got, key=str) == sorted([*numbers, 4], key=str)
+            with pytest.raises(anyio.WouldBlock):
+                layer.receive_nowait(inbox.channel)
+
+
+async def test_a_lone_message_makes_way_for_a_newer_one(layer: InMemoryChannelLayer) -> None:
+    """An inbox of one message with drop_old always has the newest; send() to it never raises ChannelFull."""
+    async with layer.subscribe("group", capacity=1, overflow="drop_old") as inbox:
+        for number in range(3):
+            await layer.send(inbox.channel, {"n": number})
+        await layer.send(inbox.channel, {"n": 3}, wait=True)
+        assert await inbox.receive() == {"n": 3}
+    assert layer.statistics().dropped_full == 3
+
+
+async def test_a_gap_wakes_a_second_reader(layer: InMemoryChannelLayer) -> None:
+    """If one reader was called for the message that fills an inbox, the gap behind it is for the next."""
+    got: list[Any] = []
+    async with layer.subscribe("group", capacity=1, on_gap="event") as inbox, anyio.create_task_group() as tg:
+
+        async def read() -> None:
+            got.append(await inbox.receive())
+
+        for _ in range(2):
+            tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        layer.group_send_nowait("group", {"n": 1})
+        layer.group_send_nowait("group", {"n": 2})
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(got, key=len) == [{"n": 1}, {"type": "channel_layer.gap", "missed": 1}]
+
+
+async def test_waiting_senders_and_those_who_do_not_wait(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """A sender that waits keeps its place when somebody else takes the room; freed room serves as many as fit."""
+    done: list[int] = []
+
+    async def send(number: int) -> None:
+        await layer.send("a", {"n": number}, wait=True)
+        done.append(number)
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(5):
+            layer.send_nowait("a", {"n": 0})
+        for number in (1, 2, 3):
+            tg.start_soon(send, number)
+            await anyio.wait_all_tasks_blocked()
+        layer.receive_nowait("a")
+        layer.send_nowait("a", {"n": 9})  # takes the room that the first was called for
+        await anyio.wait_all_tasks_blocked()
+        assert done == []
+        layer.receive_nowait("a")
+        await anyio.wait_all_tasks_blocked()
+        assert done == [1]
+        layer.receive_nowait("a")
+        layer.receive_nowait("a")
+        layer.receive_nowait("a")  # room for one more than wait
+        tg.start_soon(send, 4)  # comes while two were called and have not come: there is room for it as well
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(done) == [1, 2, 3, 4]
+    assert [layer.receive_nowait("a")["n"] for _ in range(5)][:2] == [9, 1]
+
+
+async def test_flush_and_expiry_make_room_for_waiting_senders(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Room that comes without a receive is given to senders that wait: by a flush, and by expiry."""
+
+    async def fill_and_wait(tg: anyio.abc.TaskGroup) -> None:
+        for _ in range(5):
+            layer.send_nowait("a", {"n": 0})
+        tg.start_soon(lambda: layer.send("a", {"n": 1}, wait=True))
+        await anyio.wait_all_tasks_blocked()
+
+    async with anyio.create_task_group() as tg:
+        await fill_and_wait(tg)
+        await layer.flush()
+        assert await layer.receive("a") == {"n": 1}
+        await fill_and_wait(tg)
+        clock.advance(10)
+        layer.statistics()
+        assert await layer.receive("a") == {"n": 1}
+
+
+async def test_a_waiting_sender_is_woken_by_expiry_itself() -> None:
+    """Nobody needs to touch the layer for a waiting sender to get the room of an expired message."""
+    layer = InMemoryChannelLayer(capacity=1, expiry=0.05)  # real time: the timer itself is what is tested
+    await layer.send("a", {"n": 1})
+    with anyio.fail_after(10):
+        await layer.send("a", {"n": 2}, wait=True)
+    assert await layer.receive("a") == {"n": 2}
+
+
+async def test_a_promise_that_expires_or_is_flushed(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """A reader called for a message that is gone when it comes goes on waiting, first in the line."""
+    got: list[Any] = []
+
+    async def read(reader: int) -> None:
+        got.append((reader, await layer.receive("a")))
+
+    async with anyio.create_task_group() as tg:
+        for reader in range(2):
+            tg.start_soon(read, reader)
+            await anyio.wait_all_tasks_blocked()
+        layer.send_nowait("a", {"n": 1})
+        clock.advance(10)
+        await anyio.wait_all_tasks_blocked()
+        assert got == []
+        layer.send_nowait("a", {"n": 2})
+        await anyio.wait_all_tasks_blocked()
+        assert got == [(0, {"n": 2})]
+        tg.cancel_scope.cancel()
+
+
+async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLayer, monkeypatch: Any) -> None:
+    """Another thread may drop an idle channel between a task's finding it and waiting at it: it finds it again."""
+    for send in (False, True):
+        original = layer._get_channel
+        dropped = False
+
+        def get(name: str, original: Any = original) -> Any:
+            nonlocal dropped
+            channel = original(name)
+            if not dropped:
+                dropped = True
+                layer._forget_channel(channel)
+            return channel
+
+        monkeypatch.setattr(layer, "_get_channel", get)
+        if send:
+            await layer.send("b", {"n": 1}, wait=True)
+            assert layer.receive_nowait("b") == {"n": 1}
+        else:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(layer.receive, "a")
+                await anyio.wait_all_tasks_blocked()
+                layer.send_nowait("a", {})
+        assert dropped
+        monkeypatch.undo()
+
+
+async def test_members_that_expire_and_come_again(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Memberships are renewed in the order of joining; an inbox's own is not shortened by group_add."""
+    async with layer.subscribe("group") as inbox:
+        await layer.group_add("group", inbox.channel)
+        await layer.group_add("group", "a")
+        clock.advance(60)
+        await layer.group_add("group", "b")
+        await layer.group_add("group", "a")
+        clock.advance(60)
+        assert await layer.group_channels("group") == {inbox.channel, "a", "b"}
+        clock.advance(60)
+        assert await layer.group_channels("group") == {inbox.channel}
+        await layer.group_discard("group", inbox.channel)
+        assert await layer.group_channels("group") == set()
+    assert not layer._groups
+
+
+async def test_a_group_of_someone_else_is_no_trace(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Groups whose memberships all expired are reclaimed without anybody touching them."""
+    for number in range(100):
+        await layer.group_add(f"group.{number}", "a")
+    clock.advance(99)
+    assert layer.statistics().members == 100
+    clock.advance(1)
+    counts = layer.statistics()
+    assert (counts.groups, counts.members) == (0, 0)
+
+
+async def test_leaving_a_closed_layer(layer: InMemoryChannelLayer) -> None:
+    """A block may be left after its layer was closed; who waited in it got ClosedResourceError."""
+    async with layer:
+        async with layer.subscribe("group") as inbox:
+            await layer.close()
+            with pytest.raises(anyio.ClosedResourceError):
+                await inbox.receive()
+            with pytest.raises(anyio.ClosedResourceError):
+                await inbox.leave("group")
+        assert layer.statistics().channels == 0
+
+
+async def test_a_coroutine_thrown_away_gives_back(layer: InMemoryChannelLayer) -> None:
+    """A reader whose coroutine is garbage-collected, even in the middle of another call, keeps no message."""
+    reader = layer.receive("a")
+    waiting: Any = None
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+        waiting = reader.send(None)  # runs to its wait, without a task to wake
+    else:
+        reader.close()
+    layer.send_nowait("a", {"n": 1})
+    layer._room.lock.acquire()  # as if the collection ran within a locked section
+    try:
+        reader.close()
+        assert bool(layer._room.abandoned) == (waiting is not None)
+    finally:
+        layer._room.lock.release()
+    gc.collect()
+    layer._room.wake([])
+    assert layer.receive_nowait("a") == {"n": 1}
+    assert layer.statistics().waiting_receivers == 0
+
+
+async def test_every_call_gives_way_in_time(layer: InMemoryChannelLayer) -> None:
+    """Whatever mix of calls a task makes, others run at least once in YIELD_EVERY of them; broadcasts count for more."""
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(other)
+        calls = 0
+        while calls < 10 * layer.YIELD_EVERY:
+            await layer.group_add("group", "a")
+            await layer.group_channels("group")
+            await layer.group_discard("group", "a")
+            await layer.new_channel()
+            await layer.group_send("group", {})
+            calls += 5
+        assert turns >= 9
+        for number in range(8 * layer.YIELD_EVERY):
+            await layer.group_add("large", f"m.{number}")
+        before = turns
+        for _ in range(5):
+            await layer.group_send("large", {})
+        assert turns - before >= 4
+        tg.cancel_scope.cancel()
+
+
+async def test_repr_names_no_contents(layer: InMemoryChannelLayer) -> None:
+    """A layer says what it is, and nothing that was sent."""
+    await layer.send("a", {"password": "secret"})
+    assert repr(layer) == "<InMemoryChannelLayer expiry=10 capacity=5>"
+
+
+async def test_time_may_be_fractions(clock: Clock) -> None:
+    """Durations are seconds, and fractions of them count."""
+    layer = InMemoryChannelLayer(clock=clock, expiry=0.25, group_expiry=0.5)
+    await layer.send("a", {})
+    await layer.group_add("group", "b")
+    clock.advance(0.24)
+    assert layer.statistics().buffered_messages == 1
+    clock.advance(0.02)
+    assert layer.statistics().expired == 1
+    clock.advance(0.3)
+    assert await layer.group_channels("group") == set()
+    layer.statistics()
+    assert math.isinf(layer._room.index.next_due)
