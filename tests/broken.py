@@ -192,6 +192,52 @@ class WorksClosed(InMemoryChannelLayer):
         self._opened = False
 
 
+class ClosesWithAMessage(InMemoryChannelLayer):
+    """Who waits at closing receives an empty message."""
+
+    async def receive(self, channel: str) -> Message:
+        try:
+            return await super().receive(channel)
+        except anyio.ClosedResourceError:
+            return {}
+
+
+class ForgetsToWake(InMemoryChannelLayer):
+    """A message does not wake who waits for it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+        class Deaf(type(self._room)):  # type: ignore[misc]
+            __slots__ = ()
+
+            def wake(self, rung: list[Waiter]) -> None:
+                pass
+
+        self._room.__class__ = Deaf
+
+
+class RaisesOtherErrors(InMemoryChannelLayer):
+    """Refuses bad names with an error that nobody catches."""
+
+    def require_valid_channel_name(self, name: object, receive: bool = False) -> bool:
+        try:
+            return super().require_valid_channel_name(name, receive)
+        except TypeError as error:
+            raise LookupError(*error.args) from error
+
+
+class NeverWaits(InMemoryChannelLayer):
+    """A send that should wait for room drops its message instead."""
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        try:
+            await super().send(channel, message)
+        except self.ChannelFull:
+            if not wait:
+                raise
+
+
 BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (OverAccepts, {"Capacity"}),
     (DeliversTwice, {"Delivery"}),
@@ -208,9 +254,13 @@ BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (KeepsMembershipOfExpired, {"Expiry"}),
     (AcceptsAnyName, {"Names"}),
     (WorksClosed, {"Opening and closing"}),
+    (ClosesWithAMessage, {"Opening and closing"}),
+    (ForgetsToWake, {"Delivery"}),
+    (RaisesOtherErrors, {"Names"}),
+    (NeverWaits, {"Capacity"}),
 ]
 """Each with a clause that the checks must name."""
 
-NOT_FOR_THE_MACHINE = {SharesOneMessage, SharesWithSender, AcceptsAnyName}
+NOT_FOR_THE_MACHINE = {SharesOneMessage, SharesWithSender, AcceptsAnyName, RaisesOtherErrors, NeverWaits}
 """The machine's messages are one number each, and its names are good: these are the checks' to find."""
 

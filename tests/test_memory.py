@@ -441,3 +441,68 @@ async def test_time_may_be_fractions(clock: Clock) -> None:
     assert await layer.group_channels("group") == set()
     layer.statistics()
     assert math.isinf(layer._room.index.next_due)
+
+
+async def test_an_expired_message_in_front_of_a_fresh_one(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Receiving passes over what has expired."""
+    layer.send_nowait("a", {"n": 1})
+    clock.advance(5)
+    layer.send_nowait("a", {"n": 2})
+    clock.advance(5)
+    assert layer.receive_nowait("a") == {"n": 2}
+
+
+async def test_iterating_over_an_inbox(layer: InMemoryChannelLayer) -> None:
+    """``async for`` receives one message after the other."""
+    async with layer.subscribe("group") as inbox:
+        for number in range(3):
+            await layer.group_send("group", {"n": number})
+        got = []
+        async for message in inbox:
+            got.append(message["n"])
+            if len(got) == 3:
+                break
+    assert got == [0, 1, 2]
+
+
+async def test_errors_of_the_clock_pass(layer: InMemoryChannelLayer) -> None:
+    """A TypeError that is not about the name comes out as it is."""
+
+    def broken() -> float:
+        raise TypeError("no time")
+
+    with pytest.raises(TypeError, match="no time"):
+        InMemoryChannelLayer(clock=broken).send_nowait("a", {})
+
+
+async def test_a_message_that_comes_before_the_wait(layer: InMemoryChannelLayer) -> None:
+    """Another thread may send between a reader's look and its wait: it does not wait then, and makes room for others."""
+    channel = layer._get_channel("a")
+    for number in range(5):
+        layer.send_nowait("a", {"n": number})
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(lambda: layer.send("a", {"n": 5}, wait=True))
+        await anyio.wait_all_tasks_blocked()
+        item = await channel.take()
+        assert isinstance(item, bytes)
+        assert layer._decode(item) == {"n": 0}
+    assert [layer.receive_nowait("a")["n"] for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: InMemoryChannelLayer) -> None:
+    """What gave up within a locked section is given back when the section ends."""
+    got: list[Any] = []
+
+    async def read() -> None:
+        got.append(await layer.receive("a"))
+
+    async with anyio.create_task_group() as tg:
+        for _ in range(2):
+            tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        layer.send_nowait("a", {"n": 1})
+        promised = next(iter(layer._channels["a"]._readers or ()))
+        with layer._room:
+            layer._room.abandon(promised)  # the second, who still waits
+        tg.cancel_scope.cancel()
+    assert layer.statistics().waiting_receivers == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from typing import Any
@@ -81,7 +82,9 @@ class Storm:
 
     async def strike(self) -> None:
         """Cancel one wait after the other."""
-        while not self.over:
+        for strike in itertools.count(1):
+            if self.over:
+                break
             await self.pause()
             await anyio.lowlevel.checkpoint()
             if self.victims:
@@ -89,7 +92,7 @@ class Storm:
                 self.victims[at], self.victims[-1] = self.victims[-1], self.victims[at]
                 self.victims.pop()()
             del self.victims[:-400]
-            if self.random.random() < 0.002:
+            if strike % 40 == 0:
                 self.now += 0.5  # everything unread expires
 
     async def run(self) -> None:

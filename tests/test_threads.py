@@ -69,6 +69,29 @@ def test_a_thread_without_a_loop_wakes_readers() -> None:
     assert got == {"asyncio": list(range(1000)), "trio": list(range(1000))}
 
 
+@pytest.mark.anyio
+async def test_a_fresh_thread_wakes_a_reader() -> None:
+    """A thread that has never run a loop, and knows of none, wakes a reader that waits."""
+    layer = InMemoryChannelLayer()
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(layer.receive, "a")
+        await anyio.wait_all_tasks_blocked()
+        thread = threading.Thread(target=layer.send_nowait, args=("a", {}))
+        thread.start()
+        thread.join()
+    assert layer.statistics().received == 1
+
+
+def test_a_loop_that_goes_on_takes_what_is_there() -> None:
+    """A loop that stood still when its reader was called for a message finds that message when it runs again."""
+    layer = InMemoryChannelLayer()
+    loop, task = dead_asyncio_reader(layer, close=False)
+    layer.send_nowait("a", {"n": 1})
+    assert layer.statistics().waiting_receivers == 0
+    assert loop.run_until_complete(task) == {"n": 1}
+    loop.close()
+
+
 def test_many_threads_one_channel() -> None:
     """Senders that wait and readers in four loops share one small channel: each message arrives once, and all end."""
     layer = InMemoryChannelLayer(capacity=3)
@@ -114,20 +137,19 @@ def dead_asyncio_reader(layer: InMemoryChannelLayer, *, close: bool) -> list[Any
         return task
 
     task = loop.run_until_complete(start())
-    assert layer.statistics().waiting_receivers == 1
     if close:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
         loop.close()
     return [loop, task]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::ResourceWarning")
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "standing still"])
-@pytest.mark.parametrize("waiting", [0, 1, 50])
+@pytest.mark.parametrize("waiting", [1, 2, 500])
 def test_a_receiver_whose_asyncio_loop_died_swallows_nothing(waiting: int, *, close: bool) -> None:
     """A loop that was closed, or just never runs again, is passed over: the message is for the living."""
     layer = InMemoryChannelLayer()
-    kept = dead_asyncio_reader(layer, close=close)
-    kept += [dead_asyncio_reader_more(layer, close=close) for _ in range(waiting)]
+    kept = [dead_asyncio_reader(layer, close=close) for _ in range(waiting)]
+    assert layer.statistics().waiting_receivers == waiting
     layer.send_nowait("a", {"n": 1})
 
     async def read() -> None:
@@ -138,30 +160,13 @@ def test_a_receiver_whose_asyncio_loop_died_swallows_nothing(waiting: int, *, cl
 
     anyio.run(read)
     anyio.run(read_after(layer), backend="trio")
-    for item in kept[1:2]:
-        item._log_destroy_pending = False
-    if not close:
-        loop = kept[0]
-        kept[1].cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            loop.run_until_complete(kept[1])
-        loop.close()
-
-
-def dead_asyncio_reader_more(layer: InMemoryChannelLayer, *, close: bool) -> list[Any]:
-    loop = asyncio.new_event_loop()
-
-    async def start() -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(layer.receive("a"))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return task
-
-    task = loop.run_until_complete(start())
-    task._log_destroy_pending = False  # type: ignore[attr-defined]
-    if close:
-        loop.close()
-    return [loop, task]
+    for loop, task in kept:
+        if not close:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                loop.run_until_complete(task)
+            loop.close()
+    assert layer.statistics().waiting_receivers == 0
 
 
 def read_after(layer: InMemoryChannelLayer) -> Callable[[], Awaitable[None]]:

@@ -2,7 +2,7 @@
 
 Rules:
 - a room is a group, a visitor is an inbox. Nothing is remembered here, so any number of processes can share a layer.
-- who is here: whoever comes says so to the room, and all who are there answer. After a gap one asks again.
+- who is here: whoever comes says so to the room, and all who are there answer. After a gap it asks again.
 - what a browser sends is checked before it touches the layer; what is wrong with it is said to that browser only.
 - a browser that does not keep up loses the oldest messages, is told how many, and slows nobody down.
 """
@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -28,20 +28,20 @@ from starlette.websockets import WebSocket
 from anyio_channels.exceptions import ChannelFull
 from anyio_channels.layers import BaseChannelLayer, Inbox
 
-__all__ = ["MAX_NAME", "MAX_ROOM", "MAX_TEXT", "MIN_MESSAGE_SIZE", "REFUSED", "chat", "create_app"]
+__all__ = ["MIN_MESSAGE_SIZE", "Visitor", "chat", "create_app"]
 
-MAX_ROOM: Final = 50
-MAX_NAME: Final = 30
-MAX_TEXT: Final = 2000
+_MAX_ROOM: Final = 50
+_MAX_NAME: Final = 30
+_MAX_TEXT: Final = 2000
 MIN_MESSAGE_SIZE: Final = 16 * 1024
 """What the longest text, name and channel take as bytes, and more: a layer must allow it."""
-REFUSED: Final = 4000
+_REFUSED: Final = 4000
 """The close code that tells the page not to try again; the reason says why."""
 
 _INBOX: Final = 1000
 _PUSH_EVERY: Final = 1.0
 _FAREWELL: Final = 5.0
-_ROOM: Final = re.compile(rf"[a-zA-Z0-9._-]{{1,{MAX_ROOM}}}")
+_ROOM: Final = re.compile(rf"[a-zA-Z0-9._-]{{1,{_MAX_ROOM}}}")
 
 
 def create_app(layer: BaseChannelLayer) -> Starlette:
@@ -59,15 +59,16 @@ async def chat(websocket: WebSocket) -> None:
     try:
         room, name = parse_visit(websocket)
     except ValueError as error:
-        await websocket.close(REFUSED, str(error))
+        await websocket.close(_REFUSED, str(error))
         return
     group = f"chat.{room}"
     async with layer.subscribe(group, capacity=_INBOX, overflow="drop_old", on_gap="event") as inbox:
         me = {"id": inbox.channel, "name": name}
         await websocket.send_json({"type": "welcome", "room": room, **me})
-        async with present(layer, group, me), create_task_group() as tasks:
-            tasks.start_soon(forward, layer, group, me, inbox, websocket)
-            tasks.start_soon(push_statistics, layer, group, websocket)
+        visitor = Visitor(websocket, layer, group, inbox, me)
+        async with visitor.present(), create_task_group() as tasks:
+            tasks.start_soon(visitor.forward)
+            tasks.start_soon(visitor.keep_posted)
             while (frame := await websocket.receive())["type"] == "websocket.receive":
                 try:
                     text = parse_text(frame)
@@ -78,37 +79,58 @@ async def chat(websocket: WebSocket) -> None:
             tasks.cancel_scope.cancel()
 
 
-@asynccontextmanager
-async def present(layer: BaseChannelLayer, group: str, me: dict[str, str]) -> AsyncGenerator[None]:
-    """Tell the others in the room about ``me``: now that I come, and when I leave, even if that is by cancellation."""
-    await layer.group_send(group, {"type": "joined", **me}, exclude={me["id"]})
-    try:
-        yield
-    finally:
-        # Shielded, for a server that stops cancels; not for ever, for a layer over a network may hang.
-        with move_on_after(_FAREWELL, shield=True):
-            await layer.group_send(group, {"type": "left", **me}, exclude={me["id"]})
+@dataclass(slots=True)
+class Visitor:
+    """What goes on between one browser and its room."""
 
+    websocket: WebSocket
+    layer: BaseChannelLayer
+    group: str
+    inbox: Inbox
+    me: dict[str, str]
+    lost: bool = False
+    """Whether messages were missed, and who came and went among them, since the visitor last asked who is here."""
 
-async def forward(layer: BaseChannelLayer, group: str, me: dict[str, str], inbox: Inbox, websocket: WebSocket) -> None:
-    """Hand the room's messages to the browser, and answer those who ask who is here."""
-    async for message in inbox:
-        if message["type"] in {"joined", "who"}:
-            # Whoever has no room for the answer will find a gap when it reads on, and ask again.
-            with suppress(ChannelFull):
-                await layer.send(message["id"], {"type": "here", **me})
-        elif message["type"] == "channel_layer.gap":
-            # Who came and went is among what was missed, and so are questions to me.
-            await layer.group_send(group, {"type": "who", **me}, exclude={inbox.channel})
-        await websocket.send_json(message)
+    @asynccontextmanager
+    async def present(self) -> AsyncGenerator[None]:
+        """Tell the others when I come, and when I leave, even if that is by cancellation."""
+        await self.tell_others("joined")
+        try:
+            yield
+        finally:
+            # Shielded, for a server that stops cancels; not for ever, for a layer over a network may hang.
+            with move_on_after(_FAREWELL, shield=True):
+                await self.tell_others("left")
 
+    async def tell_others(self, what: str) -> None:
+        """Send ``what``, and who I am, to all in the room but me."""
+        await self.layer.group_send(self.group, {"type": what, **self.me}, exclude={self.inbox.channel})
 
-async def push_statistics(layer: BaseChannelLayer, group: str, websocket: WebSocket) -> None:
-    """Show the browser the layer's statistics, once a second."""
-    while True:
-        here = len(await layer.group_channels(group))
-        await websocket.send_json({"type": "statistics", "here": here, "values": asdict(layer.statistics())})
-        await sleep(_PUSH_EVERY)
+    async def forward(self) -> None:
+        """Hand the room's messages to the browser, and answer those who ask who is here."""
+        async for message in self.inbox:
+            if message["type"] in {"joined", "who"}:
+                # Whoever has no room for the answer will find a gap when it reads on, and ask again.
+                with suppress(ChannelFull):
+                    await self.layer.send(message["id"], {"type": "here", **self.me})
+            elif message["type"] == "channel_layer.gap":
+                self.lost = True
+            await self.websocket.send_json(message)
+
+    async def keep_posted(self) -> None:
+        """Show the browser the layer's statistics, once a second, and ask who is here if that was missed.
+
+        Not at each gap: the answers may be what the next gap is made of.
+        """
+        while True:
+            if self.lost:
+                self.lost = False
+                await self.websocket.send_json({"type": "roll_call"})
+                await self.tell_others("who")
+            here = len(await self.layer.group_channels(self.group))
+            values = asdict(self.layer.statistics())
+            await self.websocket.send_json({"type": "statistics", "here": here, "values": values})
+            await sleep(_PUSH_EVERY)
 
 
 def parse_visit(websocket: WebSocket) -> tuple[str, str]:
@@ -120,10 +142,10 @@ def parse_visit(websocket: WebSocket) -> tuple[str, str]:
     query: Mapping[str, str] = websocket.query_params
     room = query.get("room", "")
     if _ROOM.fullmatch(room) is None:
-        raise ValueError(f"A room name is 1 to {MAX_ROOM} ASCII letters, digits, hyphens, underscores, periods.")
+        raise ValueError(f"A room name is 1 to {_MAX_ROOM} ASCII letters, digits, hyphens, underscores, periods.")
     name = query.get("name", "").strip()
-    if not (1 <= len(name) <= MAX_NAME and name.isprintable()):
-        raise ValueError(f"Your name must have 1 to {MAX_NAME} printable characters.")
+    if not (1 <= len(name) <= _MAX_NAME and name.isprintable()):
+        raise ValueError(f"Your name must have 1 to {_MAX_NAME} printable characters.")
     return room, name
 
 
@@ -138,8 +160,8 @@ def parse_text(frame: Mapping[str, Any]) -> str:
             text = text.strip()
         case _:
             raise ValueError('Not understood: send {"type": "say", "text": "..."} as a text frame.')
-    if not 1 <= len(text) <= MAX_TEXT:
-        raise ValueError(f"A message has 1 to {MAX_TEXT} characters, not {len(text)}.")
+    if not 1 <= len(text) <= _MAX_TEXT:
+        raise ValueError(f"A message has 1 to {_MAX_TEXT} characters, not {len(text)}.")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -118,8 +118,7 @@ class _Group(Expirable):
         if self.members.pop(channel.name, None) is not None:
             self.layer._members -= 1  # noqa: SLF001 - a part of the layer
             self.expiries.pop(channel.name, None)
-            if channel.groups is not None:
-                channel.groups.discard(self)
+            (channel.groups or set()).discard(self)
             if not self.members:
                 self.layer._groups.pop(self.name, None)  # noqa: SLF001 - a part of the layer
 
@@ -284,8 +283,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             try:
                 source = self._channels.get(channel) or self._get_channel(channel)
             except TypeError:
-                self.require_valid_channel_name(channel)  # an unhashable one, which the dict refuses with other words
-                raise
+                source = self._get_channel(channel)  # refuses an unhashable name in the words of the rule
             if source.entries:
                 state = thread.state
                 state.left -= 1

@@ -340,7 +340,15 @@ class ContractMachine(RuleBasedStateMachine):
     @rule(data=st.data(), group=st.sampled_from(GROUPS))
     def group_send(self, data: st.DataObject, group: str) -> None:
         """Broadcast, perhaps without some: every other member once, but for those that are full."""
-        exclude = data.draw(st.lists(st.sampled_from(list(self.channels)), max_size=2))
+        self._group_send(group, data.draw(st.lists(st.sampled_from(list(self.channels)), max_size=2)))
+
+    @rule(group=st.sampled_from(GROUPS), count=st.integers(2, 6))
+    def broadcast_many(self, group: str, count: int) -> None:
+        """Broadcast until members are full."""
+        for _ in range(count):
+            self._group_send(group, [])
+
+    def _group_send(self, group: str, exclude: list[str]) -> None:
         number, message = self.new_message()
         self.call(lambda: self.layer.group_send(group, message, exclude=exclude))
         for name in self.groups[group]:

@@ -90,7 +90,9 @@ function receive(message) {
       break;
     case "channel_layer.gap":
       addEvent(missed(message.missed), "missed");
-      // Who came and went meanwhile is unknown: all who are here answer now.
+      break;
+    case "roll_call":
+      // Who came and went in a gap is unknown: all who are here answer now.
       setMembers([...here].filter(([id]) => id === me));
       break;
     case "error":
