@@ -38,7 +38,7 @@ class DeliversTwice(InMemoryChannelLayer):
         self.count += 1
         if self.count % 3 == 0:
             source = self._channels[channel]
-            source.entries.appendleft((self._clock() + self.expiry, self._encode(message)))
+            source.entries.insert(0, (self._clock() + self.expiry, self._encode(message)))
             self._room.books.sent += 1
             source._books.occupied += source._weight if len(source.entries) == 1 else 0
         return message
@@ -51,7 +51,7 @@ class Reorders(InMemoryChannelLayer):
         super().send_nowait(channel, message)
         entries = self._channels[channel].entries
         if len(entries) > 2:
-            entries.rotate(1)
+            entries.insert(0, entries.pop())
 
 
 class ForgetsDiscard(InMemoryChannelLayer):
@@ -263,4 +263,3 @@ BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
 
 NOT_FOR_THE_MACHINE = {SharesOneMessage, SharesWithSender, AcceptsAnyName, RaisesOtherErrors, NeverWaits}
 """The machine's messages are one number each, and its names are good: these are the checks' to find."""
-

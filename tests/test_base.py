@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import anyio
@@ -127,7 +127,7 @@ async def test_what_a_third_party_must_write() -> None:
         pass
 
     layer = Lazy()
-    for name, call in {
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
         "send": lambda: layer.send("a", {}),
         "receive": lambda: layer.receive("a"),
         "new_channel": layer.new_channel,
@@ -136,7 +136,8 @@ async def test_what_a_third_party_must_write() -> None:
         "group_discard": lambda: layer.group_discard("g", "a"),
         "group_send": lambda: layer.group_send("g", {}),
         "group_channels": lambda: layer.group_channels("g"),
-    }.items():
+    }
+    for name, call in calls.items():
         with pytest.raises(NotImplementedError, match=rf"Lazy must implement {name}\(\)"):
             await call()
     with pytest.raises(NotImplementedError, match="statistics"):

@@ -154,7 +154,9 @@ def test_default_that_refuses_or_goes_round() -> None:
     def refuse(value: object) -> object:
         raise TypeError("not this one")
 
-    with pytest.raises(TypeError, match=r"message\['v'\] is \{1\}, a set, and default= refused it: not this one") as info:
+    with pytest.raises(
+        TypeError, match=r"message\['v'\] is \{1\}, a set, and default= refused it: not this one"
+    ) as info:
         Codec(1000, refuse).encode({"v": {1}})
     assert isinstance(info.value.__cause__, TypeError)
     with pytest.raises(ZeroDivisionError):

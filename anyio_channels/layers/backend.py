@@ -39,6 +39,7 @@ class ThreadState:
     left: int
 
     def __init__(self) -> None:
+        """Know nothing: the first call looks."""
         self.left = 0
         self.deadline = current_effective_deadline
         self.backend_class = None

@@ -71,7 +71,7 @@ class Codec:
             )
         return data
 
-    def _plain(self, value: Any, where: str, depth: int) -> Any:  # noqa: PLR0911 - one return for each type
+    def _plain(self, value: Any, where: str, depth: int) -> Any:  # noqa: C901, PLR0911 - one case for each type
         if depth > MAX_DEPTH or (depth == MAX_DEPTH and isinstance(value, list | tuple | dict)):
             raise TypeError(f"{where[:80]}... is nested deeper than {MAX_DEPTH} levels; no layer carries that")
         match value:

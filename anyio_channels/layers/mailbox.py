@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from anyio import ClosedResourceError, move_on_after
 
@@ -34,6 +34,10 @@ __all__ = ["Books", "Gap", "Mailbox", "Mailroom"]
 T = TypeVar("T")
 
 _NEVER: Final = -inf
+_LONG: Final = 16
+"""How many entries make a deque better than a list."""
+
+_Entries: TypeAlias = "deque[tuple[float, T | Gap]] | list[tuple[float, T | Gap]]"
 
 
 @dataclass(slots=True)
@@ -191,7 +195,19 @@ class Mailbox(Expirable, Generic[T]):
     waiters that are to be rung after its release to ``rung``.
     """
 
-    __slots__ = ("_books", "_limit", "_readers", "_room", "_senders", "_weight", "capacity", "closed", "drop_old", "entries", "track_gaps")
+    __slots__ = (
+        "_books",
+        "_limit",
+        "_readers",
+        "_room",
+        "_senders",
+        "_weight",
+        "capacity",
+        "closed",
+        "drop_old",
+        "entries",
+        "track_gaps",
+    )
 
     def __init__(
         self, room: Mailroom, capacity: int, *, owned: bool = False, drop_old: bool = False, track_gaps: bool = False
@@ -203,7 +219,9 @@ class Mailbox(Expirable, Generic[T]):
         """
         self._room = room
         self._books = room.books
-        self.entries: deque[tuple[float, T | Gap]] = deque()
+        # An empty deque takes 760 bytes, in pieces that the C library is slow to give back: most channels hold a few
+        # messages at most, so they begin with a list. One that is to be filled from the front begins with a deque.
+        self.entries: _Entries[T] = deque() if drop_old or track_gaps else []
         self.capacity = capacity
         self._limit = capacity  # grows by one with each gap among the entries, so that gaps take no room
         self._readers: Line | None = None
@@ -244,6 +262,8 @@ class Mailbox(Expirable, Generic[T]):
                 self._drop_oldest()
             if not entries:
                 books.occupied += self._weight
+            elif len(entries) == _LONG and isinstance(entries, list):
+                entries = self.entries = deque(entries)
         else:
             books.occupied += self._weight
         books.sent += 1
@@ -273,20 +293,19 @@ class Mailbox(Expirable, Generic[T]):
         """Take the oldest item that is promised to no waiter, or return ``None``."""
         entries = self.entries
         readers = self._readers
-        promised = 0 if readers is None else readers.promised
-        if len(entries) <= promised:
+        if not entries or (readers is not None and len(entries) <= readers.promised):
             return None
         if entries[0][0] <= (now := self._room.clock()):
             self.expire(now, rung)
-            if len(entries) <= promised:
+            if len(entries) <= (0 if readers is None else readers.promised):
                 return None
             if isinstance(gap := entries[0][1], Gap):  # always at or before now
-                entries.popleft()
+                _pop_first(entries)
                 self._limit -= 1
                 if not entries:
                     self._books.occupied -= self._weight
                 return gap
-        item = entries.popleft()[1]
+        item = entries.pop(0)[1] if type(entries) is list else _pop_first(entries)[1]
         books = self._books
         if not entries:
             books.occupied -= self._weight
@@ -407,7 +426,7 @@ class Mailbox(Expirable, Generic[T]):
         gap: Gap | None = None
         expired = 0
         while entries and entries[0][0] <= now:
-            item = entries.popleft()[1]
+            item = _pop_first(entries)[1]
             if isinstance(item, Gap):
                 self._limit -= 1
                 gap = _widened(gap, item.missed)
@@ -416,7 +435,7 @@ class Mailbox(Expirable, Generic[T]):
                 if self.track_gaps:
                     gap = _widened(gap, 1)
         if gap is not None:
-            entries.appendleft((_NEVER, gap))
+            entries.insert(0, (_NEVER, gap))
             self._limit += 1
         if not expired:
             return
@@ -480,18 +499,22 @@ class Mailbox(Expirable, Generic[T]):
     def _drop_oldest(self) -> None:
         entries = self.entries
         gap: Gap | None = None
-        while isinstance(item := entries.popleft()[1], Gap):
+        while isinstance(item := _pop_first(entries)[1], Gap):
             self._limit -= 1
             gap = _widened(gap, item.missed)
         self._books.dropped_full += 1
         if self.track_gaps:
-            entries.appendleft((_NEVER, _widened(gap, 1)))
+            entries.insert(0, (_NEVER, _widened(gap, 1)))
             self._limit += 1
         if not entries:
             self._books.occupied -= self._weight
 
     def _oldest(self) -> float | None:
         return next((expires_at for expires_at, item in self.entries if not isinstance(item, Gap)), None)
+
+
+def _pop_first(entries: _Entries[T]) -> tuple[float, T | Gap]:
+    return entries.pop(0) if isinstance(entries, list) else entries.popleft()
 
 
 def _anyone(line: Line | None) -> bool:

@@ -130,9 +130,7 @@ class _Group(Expirable):
             self.discard(self.members[name])
         return None
 
-    def deliver(
-        self, entry: tuple[float, bytes], exclude: Collection[str], now: float, rung: list[Waiter]
-    ) -> int:
+    def deliver(self, entry: tuple[float, bytes], exclude: Collection[str], now: float, rung: list[Waiter]) -> int:
         """Put ``entry`` into the channel of every member but ``exclude``; return how many of them were full."""
         missed = 0
         for channel in self.present(now, rung):
@@ -230,9 +228,9 @@ class InMemoryChannelLayer(BaseChannelLayer):
     async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
         """Send ``message`` to ``channel``, as ``BaseChannelLayer.send`` says."""
         state = thread.state
-        state.left -= 1
+        left = state.left = state.left - 1
         try:
-            due = state.left < 0 or state.deadline() == CANCELLED
+            due = left < 0 or state.deadline() == CANCELLED
         except RuntimeError:
             due = True
         if due:
@@ -286,14 +284,22 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 source = self._get_channel(channel)  # refuses an unhashable name in the words of the rule
             if source.entries:
                 state = thread.state
-                state.left -= 1
+                left = state.left = state.left - 1
                 try:
-                    due = state.left < 0 or state.deadline() == CANCELLED
+                    due = left < 0 or state.deadline() == CANCELLED
                 except RuntimeError:
                     due = True
                 if due:
                     await state.give_way()
-                item = self._take_nowait(source)
+                rung: list[Waiter] = []
+                room = self._room
+                room.lock.acquire()  # _take_nowait(), without the call
+                try:
+                    item = source.take_nowait(rung)
+                finally:
+                    room.lock.release()
+                if rung or room.abandoned:
+                    room.wake(rung)
             else:
                 item = None
             if item is None:
@@ -304,7 +310,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                         raise
                     # An idle channel was dropped from the dict between finding it and waiting at it.
                     continue
-            return _gap_message(source, item) if item.__class__ is Gap else self._decode(item)
+            return self._decode(item) if isinstance(item, bytes) else _gap_message(source, item)
 
     def receive_nowait(self, channel: str) -> Message:
         """Return the next message on ``channel``, from any thread, with or without an event loop.

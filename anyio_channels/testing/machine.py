@@ -205,7 +205,9 @@ class ContractMachine(RuleBasedStateMachine):
             try:
                 got = [future.result(_WAIT) for future in futures]
             except TimeoutError as error:
-                raise ContractViolation(f"Delivery: a reader of {name!r} still waits beside one of {expected}") from error
+                raise ContractViolation(
+                    f"Delivery: a reader of {name!r} still waits beside one of {expected}"
+                ) from error
             # Several who are called at once run in any order; who came later is not called before.
             require(
                 sorted(got, key=repr) == sorted(expected, key=repr),
@@ -360,7 +362,6 @@ class ContractMachine(RuleBasedStateMachine):
         self.deliver()
 
     @rule(
-        data=st.data(),
         inbox=st.sampled_from(INBOXES),
         groups=st.lists(st.sampled_from(GROUPS), unique=True),
         capacity=st.integers(1, 3),
@@ -368,7 +369,7 @@ class ContractMachine(RuleBasedStateMachine):
         on_gap=st.sampled_from(("ignore", "event")),
     )
     def open_or_close_inbox(
-        self, data: st.DataObject, inbox: str, groups: list[str], capacity: int, overflow: _Overflow, on_gap: _OnGap
+        self, inbox: str, groups: list[str], capacity: int, overflow: _Overflow, on_gap: _OnGap
     ) -> None:
         """Enter or leave the block of an inbox; it is left with readers waiting, with messages unread, or without."""
         if inbox in self.inboxes:
@@ -512,7 +513,7 @@ def contract_machine(
     class Machine(ContractMachine):
         pass
 
-    Machine.factory = staticmethod(factory)  # type: ignore[assignment]
+    Machine.factory = staticmethod(factory)
     Machine.backend = backend
     Machine.backend_options = backend_options or {}
     Machine.__name__ = Machine.__qualname__ = f"ContractMachine[{getattr(factory, '__name__', factory)}, {backend}]"
