@@ -18,16 +18,17 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode
 
 import pytest
-from anyio import create_task_group, fail_after, run
+from anyio import Event, create_task_group, fail_after, run
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
 PATIENCE = 20.0
 MAX_TEXT = 2000
@@ -105,20 +106,20 @@ class Visitor:
 
     def __init__(self, websocket: ClientConnection) -> None:
         self.socket = websocket
+        self.deadline = time.monotonic() + 3 * PATIENCE
         self.id: str = self.await_message("welcome")["id"]
 
     def receive(self) -> dict[str, Any]:
+        assert time.monotonic() < self.deadline, "the statistics still come, but what was waited for does not"
         message: dict[str, Any] = json.loads(self.socket.recv(PATIENCE))
         return message
 
     def await_message(self, kind: str, **values: Any) -> dict[str, Any]:
         """Read on until a message of that kind with those values, and return it."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
+        while True:
             message = self.receive()
             if message["type"] == kind and values.items() <= message.items():
                 return message
-        raise TimeoutError(f"no {kind} {values}")
 
     def say(self, text: str) -> None:
         self.socket.send(json.dumps({"type": "say", "text": text}))
@@ -214,20 +215,20 @@ def test_nonsense_is_refused_and_harms_nobody(demo: Demo) -> None:
         bob.await_message("left", name="ann")
 
 
-@pytest.mark.parametrize("frame", [b"\x81\x82\0\0\0\0\xff\xfe", b"\x81\x02hi", b"\x83\x80\0\0\0\0", b"\xff" * 20])
-def test_what_is_no_websocket(frame: bytes) -> None:
-    """Text that is not UTF-8, a frame without mask, unknown frames: the server says no more, and neither stops nor wails."""
-    with Demo() as demo, demo.visit("ann") as ann:
-        host, port = demo.host.split(":")
-        with socket.create_connection((host, int(port)), PATIENCE) as raw:
-            raw.sendall(
-                b"GET /ws?room=lobby&name=eve HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-            )
-            ann.await_message("joined", name="eve")
-            raw.sendall(frame)
-            ann.await_message("left", name="eve")
-        demo.stop(signal.SIGINT)
+def test_what_is_no_websocket(demo: Demo) -> None:
+    """Text that is not UTF-8, a frame without mask, unknown frames: the visitor is gone, and the server quiet."""
+    host, port = demo.host.split(":")
+    with demo.visit("ann") as ann:
+        for frame in (b"\x81\x82\0\0\0\0\xff\xfe", b"\x81\x02hi", b"\x83\x80\0\0\0\0", b"\xff" * 20):
+            with socket.create_connection((host, int(port)), PATIENCE) as raw:
+                raw.sendall(
+                    b"GET /ws?room=lobby&name=eve HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+                )
+                ann.await_message("joined", name="eve")
+                raw.sendall(frame)
+                ann.await_message("left", name="eve")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_bad_room_or_name(shared_demo: Demo, query: dict[str, str], trouble: str
 
 def test_pages_of_others_are_refused(shared_demo: Demo) -> None:
     with (
-        connect(shared_demo.url(), origin="http://evil.example") as refused,  # type: ignore[arg-type]
+        connect(shared_demo.url(), origin=Origin("http://evil.example")) as refused,
         pytest.raises(ConnectionClosed, match="only for its own page"),
     ):
         refused.recv(PATIENCE)
@@ -282,62 +283,50 @@ def test_leaving_abruptly_is_leaving(demo: Demo) -> None:
         ann.await_message("left", name="bob", id=bob.id)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_hundred_visitors(backend: str) -> None:
-    visitors = 200
+class Crowd:
+    """Visitors who all come, then all say something once they see each other, then leave once they heard each other."""
 
-    async def visit(number: int, steps: Steps) -> None:
-        name = f"visitor-{number}"
-        here: set[str] = set()
-        heard: set[str] = set()
-        async with connect_async(demo.url(name=name), compression=None) as websocket:
-            async for frame in websocket:
-                message = json.loads(frame)
-                match message["type"]:
-                    case "welcome" | "joined" | "here":
-                        here.add(message["name"])
-                        if len(here) == visitors and steps.once("present", name):
-                            await steps.all_at("present")
-                            await websocket.send(json.dumps({"type": "say", "text": f"from {name}"}))
-                    case "said":
-                        assert message["text"] == f"from {message['name']}"
-                        assert message["name"] not in heard
-                        heard.add(message["name"])
-                        if len(heard) == visitors:
-                            steps.once("heard", name)
-                            await steps.all_at("heard")
-                            return
-                    case kind:
-                        assert kind == "statistics"
+    def __init__(self, demo: Demo, size: int) -> None:
+        self.demo = demo
+        self.size = size
+        self.counts = {"present": 0, "heard": 0}
+        self.complete = {"present": Event(), "heard": Event()}
 
-    class Steps:
-        """Who got how far; nobody goes on before all are there."""
-
-        def __init__(self) -> None:
-            from anyio import Event
-
-            self.there: dict[str, set[str]] = {"present": set(), "heard": set()}
-            self.complete = {"present": Event(), "heard": Event()}
-
-        def once(self, step: str, name: str) -> bool:
-            new = name not in self.there[step]
-            self.there[step].add(name)
-            if len(self.there[step]) == visitors:
-                self.complete[step].set()
-            return new
-
-        async def all_at(self, step: str) -> None:
-            await self.complete[step].wait()
-
-    async def main() -> None:
-        steps = Steps()
-        with fail_after(4 * PATIENCE):
+    async def run(self) -> None:
+        with fail_after(6 * PATIENCE):
             async with create_task_group() as tasks:
-                for number in range(visitors):
-                    tasks.start_soon(visit, number, steps)
+                for number in range(self.size):
+                    tasks.start_soon(self.visit, f"visitor-{number}")
 
+    async def visit(self, name: str) -> None:
+        async with connect_async(self.demo.url(name=name), compression=None) as websocket:
+            await self.read_until_all(websocket, {"welcome", "joined", "here"}, "present")
+            await websocket.send(json.dumps({"type": "say", "text": f"from {name}"}))
+            await self.read_until_all(websocket, {"said"}, "heard")
+
+    async def read_until_all(self, websocket: AsyncConnection, kinds: set[str], step: str) -> None:
+        """Read until each of the crowd was named in a message of these kinds, and then wait for the others."""
+        names: set[str] = set()
+        while len(names) < self.size:
+            message = json.loads(await websocket.recv())
+            if message["type"] == "said":
+                assert message["name"] not in names
+                assert message["text"] == f"from {message['name']}"
+            else:  # two who come at once may see each other twice, by joining and by answering
+                assert message["type"] in {"statistics", "welcome", "joined", "here"}
+            if message["type"] in kinds:
+                names.add(message["name"])
+        self.counts[step] += 1
+        if self.counts[step] == self.size:
+            self.complete[step].set()
+        await self.complete[step].wait()
+
+
+@pytest.mark.parametrize(("backend", "visitors"), [("asyncio", 200), ("trio", 60)])
+def test_many_visitors(backend: str, visitors: int) -> None:
+    """Each sees all the others, and hears each of them once; nothing of them is left when they are gone."""
     with Demo("--backend", backend) as demo:
-        run(main)
+        run(Crowd(demo, visitors).run)
         with demo.visit("after") as after:
             while (statistics := after.await_message("statistics"))["here"] > 1:
                 pass
@@ -347,7 +336,7 @@ def test_two_hundred_visitors(backend: str) -> None:
 
 
 def test_slow_visitor_stalls_nobody(demo: Demo) -> None:
-    """Two browsers stop reading. One goes on later and learns what it missed, one never: the demo must end all the same."""
+    """Two stop reading. One goes on later and learns what it missed, one never does: the demo must end all the same."""
     text = "\U0001f600" * MAX_TEXT
     with demo.visit("ann") as ann, demo.visit("bob") as bob:
         host, port = demo.host.split(":")
@@ -358,8 +347,8 @@ def test_slow_visitor_stalls_nobody(demo: Demo) -> None:
             slow_socket.connect((host, int(port)))
             slow_sockets.append(slow_socket)
         with (
-            demo.visit("slow", sock=slow_sockets[0], max_queue=1, ping_interval=None) as slow,
-            demo.visit("stuck", sock=slow_sockets[1], max_queue=1, ping_interval=None),
+            demo.visit("slow", sock=slow_sockets[0], max_queue=1, ping_interval=None, close_timeout=0.1) as slow,
+            demo.visit("stuck", sock=slow_sockets[1], max_queue=1, ping_interval=None, close_timeout=0.1),
         ):
             ann.await_message("joined", name="stuck")
             dropped = sent = 0
@@ -385,3 +374,162 @@ def test_slow_visitor_stalls_nobody(demo: Demo) -> None:
             ann.await_message("who", name="slow")  # it asks again who is here, for it may have missed that
             slow.await_message("here", name="bob")
             demo.stop(signal.SIGINT)
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (looked for chromium, chromium-browser and google-chrome)")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A page of the chat, and what a person does with it."""
+
+    def __init__(self, page: Page, address: str, room: str = "") -> None:
+        self.page = page
+        self.wails: list[str] = []
+        page.set_default_timeout(1000 * PATIENCE)
+        page.on("pageerror", lambda error: self.wails.append(str(error)))
+        page.on("request", lambda request: self.asked_for(request.url, address))
+        page.goto(f"{address}/#{room}")
+        self.await_status("Connected to")
+
+    def asked_for(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:")):
+            self.wails.append(f"fetched {url}")
+
+    def await_status(self, text: str) -> None:
+        expect(self.page.get_by_role("status")).to_contain_text(text)
+
+    def fill(self, label: str, text: str) -> None:
+        box = self.page.get_by_role("textbox", name=label, exact=True)
+        box.fill(text)
+        box.press("Enter")
+
+    def await_here(self, *names: str) -> None:
+        expect(self.page.locator("#here li")).to_have_text(list(names))
+
+    def await_said(self, *texts: str) -> None:
+        said = self.page.locator("#log .said .text")
+        expect(said).to_have_count(len(texts))
+        expect(said).to_have_text(list(texts))
+
+
+@pytest.fixture
+def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
+    """Open tabs, each with a storage of its own; none may meet an error or fetch anything from elsewhere."""
+    tabs: list[Tab] = []
+
+    def open_tab(demo: Demo, name: str, room: str = "") -> Tab:
+        tab = Tab(browser.new_page(), demo.address, room)
+        tabs.append(tab)
+        tab.fill("Your name", name)
+        expect(tab.page.locator("#here li.me")).to_have_text(name)
+        return tab
+
+    yield open_tab
+    for tab in tabs:
+        tab.page.close()
+        assert tab.wails == []
+
+
+@pytest.mark.browser
+def test_two_tabs(demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    ann = open_tab(demo, "ann")
+    bob = open_tab(demo, "<b>bob</b>")
+    for tab in (ann, bob):
+        tab.await_here("<b>bob</b>", "ann")
+    ann.fill("Message", "hello, bob")
+    bob.await_said("hello, bob")
+    bob.fill("Message", "<img src=x onerror=alert(1)>")
+    for tab in (ann, bob):
+        tab.await_said("hello, bob", "<img src=x onerror=alert(1)>")
+        assert tab.page.locator("#log img, #log b, #here b").count() == 0
+    expect(ann.page.locator(".said.mine .text")).to_have_text(["hello, bob"])
+    expect(ann.page.locator(".said:not(.mine) .who")).to_have_text(["<b>bob</b>"])
+    expect(ann.page.locator(".said time").first).to_have_text(re.compile(r"\d\d?:\d\d"))
+
+    received = ann.page.locator('#statistics [data-field="received"]')
+    before = received.inner_text()
+    bob.fill("Message", "count this")
+    expect(received).not_to_have_text(before)
+    expect(ann.page.locator('#statistics [data-field="members"]')).to_have_text("2")
+
+    bob.page.close()
+    ann.await_here("ann")
+    expect(ann.page.locator("#log .event").last).to_have_text("<b>bob</b> left")
+    expect(ann.page.locator('#statistics [data-field="members"]')).to_have_text("1")
+
+
+@pytest.mark.browser
+def test_rooms_are_separate(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    ann = open_tab(shared_demo, "ann")
+    bob = open_tab(shared_demo, "bob")
+    bob.fill("Another room", "garden.2")
+    bob.await_status("Connected to garden.2")
+    bob.await_here("bob")
+    ann.await_here("ann")
+    cat = open_tab(shared_demo, "cat", "garden.2")
+    bob.await_here("bob", "cat")
+    ann.fill("Message", "for the lobby")
+    ann.await_said("for the lobby")
+    cat.fill("Message", "for the garden")
+    bob.await_said("for the garden")
+    ann.await_said("for the lobby")
+
+    bob.page.get_by_role("link", name="lobby").click()
+    bob.await_status("Connected to lobby")
+    bob.await_said()
+    for tab in (ann, bob):
+        tab.await_here("ann", "bob")
+
+    bob.fill("Another room", "no such room!")
+    bob.await_status("Not connected")
+    expect(bob.page.get_by_role("alert")).to_contain_text("A room name is")
+    ann.await_here("ann")
+    bob.page.go_back()
+    bob.await_status("Connected to lobby")
+    expect(bob.page.get_by_role("alert")).to_be_empty()
+    bob.fill("Your name", "n" * 31)
+    expect(bob.page.get_by_role("alert")).to_contain_text("Your name must have")
+
+
+@pytest.mark.browser
+def test_the_page_comes_back_when_the_server_does(open_tab: Callable[..., Tab]) -> None:
+    with Demo() as demo:
+        ann = open_tab(demo, "ann")
+        demo.stop(signal.SIGTERM)
+        port = demo.host.rpartition(":")[2]
+        ann.await_status("Disconnected")
+        ann.await_here()
+        ann.fill("Message", "into the void")
+        expect(ann.page.get_by_role("alert")).to_contain_text("not sent")
+        expect(ann.page.get_by_role("textbox", name="Message", exact=True)).to_have_value("into the void")
+    with Demo("--port", port) as demo:
+        ann.await_status("Connected")
+        ann.await_here("ann")
+        ann.fill("Message", "back again")
+        ann.await_said("back again")
+        demo.stop(signal.SIGTERM)
+
+
+@pytest.mark.browser
+def test_a_gap_is_shown(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    """The page's part; that a slow socket gets one is shown above."""
+    ann = open_tab(shared_demo, "ann")
+    for missed, shown in ((1, "1 message missed"), (1200, "1200 messages missed"), (None, "Some messages missed")):
+        ann.page.evaluate("missed => receive({type: 'channel_layer.gap', missed})", missed)
+        expect(ann.page.locator("#log .event").last).to_have_text(shown)
+    with shared_demo.visit("bob"):
+        ann.await_here("ann", "bob")
+        ann.page.evaluate("receive({type: 'roll_call'})")
+        ann.await_here("ann")

@@ -90,3 +90,23 @@ async def test_a_check_that_hangs_is_a_violation(monkeypatch: pytest.MonkeyPatch
     check = next(check for check in CHECKS if check.name == "message_types")
     with pytest.raises(ContractViolation, match=r"Messages: message_types ended with TimeoutError"):
         await check(lambda clock, **options: Hangs(clock=clock, **options))
+
+
+@pytest.mark.anyio
+async def test_a_layer_with_a_time_of_its_own() -> None:
+    """A factory can tell the kit's clock how to make a layer's own store older."""
+
+    class OwnTime(InMemoryChannelLayer):
+        time = 5.0
+
+    def make(clock: Clock, **options: Any) -> BaseChannelLayer:
+        layer = OwnTime(clock=lambda: layer.time, **options)
+
+        async def move(layer: BaseChannelLayer, seconds: float) -> None:
+            assert isinstance(layer, OwnTime)
+            layer.time += seconds
+
+        clock.move = move
+        return layer
+
+    await run_checks(make)

@@ -26,9 +26,7 @@ def run_one(backend: str, function: Callable[[], Awaitable[object]]) -> None:
 def run_all(*functions: tuple[str, Callable[[], Awaitable[object]]]) -> None:
     """Run each function in a thread and an event loop of its own; raise what any of them raises."""
     with ThreadPoolExecutor(len(functions)) as pool:
-        futures = [
-            pool.submit(lambda b=backend, f=function: anyio.run(f, backend=b)) for backend, function in functions
-        ]
+        futures = [pool.submit(run_one, backend, function) for backend, function in functions]
         for future in futures:
             future.result(60)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -80,8 +81,7 @@ def _hang_up(port: int) -> None:
             connection = socket.socket(fileno=int(entry.name))
         except OSError:
             continue  # not a socket
-        try:
+        with suppress(OSError):  # it ended meanwhile
             if connection.family in {socket.AF_INET, socket.AF_INET6} and connection.getsockname()[1] == port:
                 connection.shutdown(socket.SHUT_RDWR)
-        finally:
-            connection.detach()
+        connection.detach()

@@ -88,7 +88,7 @@ class _Thread(threading.local):
     """The state of the running thread; one look-up here is cheaper than one for each attribute."""
 
     def __init__(self) -> None:
-        self.state = ThreadState()
+        self.state: ThreadState = ThreadState()
 
 
 thread: Final = _Thread()

@@ -53,7 +53,7 @@ class ExpiryIndex:
         self._heap: list[tuple[float, int, Expirable]] = []
         self._numbers = count()
         self._trim_at = self._SLACK
-        self.next_due = inf
+        self.next_due: float = inf
         """The earliest time anything may be due (seconds of the layer's clock)."""
 
     def __len__(self) -> int:

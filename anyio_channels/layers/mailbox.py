@@ -24,7 +24,7 @@ from math import inf
 from types import TracebackType
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from anyio import ClosedResourceError, move_on_after
+from anyio import ClosedResourceError, Event, move_on_after
 
 from .backend import thread
 from .expiry import Expirable, ExpiryIndex
@@ -72,13 +72,15 @@ class Waiter:
 
     __slots__ = ("event", "line", "loop", "mailbox", "promised", "settled")
 
+    event: Event
     line: Line
+    loop: Any
 
     def __init__(self, mailbox: Mailbox[Any]) -> None:
         self.event, self.loop = thread.state.new_event()
-        self.mailbox = mailbox
-        self.promised = False
-        self.settled = False
+        self.mailbox: Mailbox[Any] = mailbox
+        self.promised: bool = False
+        self.settled: bool = False
 
     def schedule(self) -> bool:
         """Ring from another thread or loop, without waiting; return whether that loop is there to look."""
@@ -101,7 +103,7 @@ class Line(OrderedDict[Waiter, None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.promised = 0
+        self.promised: int = 0
 
     def join(self, waiter: Waiter, *, in_front: bool) -> None:
         """Wait; ``in_front``: it had its turn and found nothing, so it keeps its place."""
@@ -137,10 +139,10 @@ class Mailroom:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """``clock`` returns seconds, and never goes back."""
-        self.lock = threading.Lock()
-        self.clock = clock
-        self.books = Books()
-        self.index = ExpiryIndex()
+        self.lock: threading.Lock = threading.Lock()
+        self.clock: Callable[[], float] = clock
+        self.books: Books = Books()
+        self.index: ExpiryIndex = ExpiryIndex()
         self.abandoned: deque[Waiter] = deque()
 
     def __enter__(self) -> None:
@@ -222,15 +224,15 @@ class Mailbox(Expirable, Generic[T]):
         # An empty deque takes 760 bytes, in pieces that the C library is slow to give back: most channels hold a few
         # messages at most, so they begin with a list. One that is to be filled from the front begins with a deque.
         self.entries: _Entries[T] = deque() if drop_old or track_gaps else []
-        self.capacity = capacity
+        self.capacity: int = capacity
         self._limit = capacity  # grows by one with each gap among the entries, so that gaps take no room
         self._readers: Line | None = None
         self._senders: Line | None = None
         self._weight = 0 if owned else 1  # in Books.occupied
         self.listed = False
-        self.closed = False
-        self.drop_old = drop_old
-        self.track_gaps = track_gaps
+        self.closed: bool = False
+        self.drop_old: bool = drop_old
+        self.track_gaps: bool = track_gaps
 
     def expired_unread(self) -> None:
         """Items expired here unread; called under the lock."""

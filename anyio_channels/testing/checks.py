@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, cast
@@ -32,21 +32,24 @@ _TIME_LIMIT: Final = 20.0
 class Clock:
     """The time that the kit gives to a layer; it moves when the kit says so.
 
-    A layer whose time is not a function of its own (that of a database, say) is given a subclass whose ``advance`` makes
-    the layer's store that much older.
+    A layer whose time is not a function of its own (that of a database, say) has a factory that sets ``move``.
     """
 
     def __init__(self) -> None:
         """Start at some time."""
-        self.now = 1_000_000.0
+        self.now: float = 1_000_000.0
+        self.move: Callable[[BaseChannelLayer, float], Awaitable[None]] | None = None
+        """Called with the layer and the seconds that passed, to make the layer's store that much older."""
 
     def __call__(self) -> float:
         """Return the time in seconds."""
         return self.now
 
-    async def advance(self, layer: BaseChannelLayer, seconds: float) -> None:  # noqa: ARG002 - for subclasses
+    async def advance(self, layer: BaseChannelLayer, seconds: float) -> None:
         """Let ``seconds`` pass for ``layer``."""
         self.now += seconds
+        if self.move is not None:
+            await self.move(layer, seconds)
 
 
 class LayerFactory(Protocol):
@@ -54,6 +57,7 @@ class LayerFactory(Protocol):
 
     def __call__(self, clock: Clock, **options: Any) -> BaseChannelLayer:
         """``options``: ``expiry``, ``group_expiry``, ``capacity``, ``channel_capacity``, ``max_message_size``, ``default``."""
+        ...
 
 
 class ContractViolation(AssertionError):  # noqa: N818 - what it is, in the words of the contract
@@ -135,7 +139,7 @@ async def left_on(layer: BaseChannelLayer, channel: str) -> list[Message]:
 
 
 @asynccontextmanager
-async def opened(factory: LayerFactory, **options: Any) -> AsyncIterator[tuple[BaseChannelLayer, Clock]]:
+async def opened(factory: LayerFactory, **options: Any) -> AsyncGenerator[tuple[BaseChannelLayer, Clock]]:
     """Make and open a layer; a bound small enough to be reached is set for what is not given."""
     clock = Clock()
     layer = factory(clock, **{"expiry": 10.0, "group_expiry": 100.0, "capacity": 5, **options})
@@ -661,7 +665,7 @@ async def check_subscribe(factory: LayerFactory) -> None:
                         await layer.send(inbox.channel, {"to": "iteration"})
                         require((message := await anext(inbox)) == {"to": "iteration"}, f"iterating gave {message}")
                         if way == "by an error":
-                            raise Leave
+                            raise Leave  # noqa: TRY301 - leaving by an error is what is checked
                         if way == "by cancellation":
                             scope.cancel()
                             await checkpoint()

@@ -99,21 +99,23 @@ class ContractMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         """Start an event loop and open a layer in it."""
         super().__init__()
-        self.clock = Clock()
+        self.clock: Clock = Clock()
         self.layer: BaseChannelLayer = type(self).factory(
             self.clock, expiry=EXPIRY, group_expiry=GROUP_EXPIRY, capacity=3, channel_capacity={"big.*": 5}
         )
         self.portal_context: AbstractContextManager[BlockingPortal] = start_blocking_portal(
             type(self).backend, type(self).backend_options
         )
-        self.portal = self.portal_context.__enter__()
-        self.layer_context = self.portal.wrap_async_context_manager(self.layer)
+        self.portal: BlockingPortal = self.portal_context.__enter__()
+        self.layer_context: AbstractContextManager[BaseChannelLayer] = self.portal.wrap_async_context_manager(
+            self.layer
+        )
         self.layer_context.__enter__()
-        self.channels = {name: _Channel(capacity) for name, capacity in CAPACITIES.items()}
+        self.channels: dict[str, _Channel] = {name: _Channel(capacity) for name, capacity in CAPACITIES.items()}
         self.groups: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
         self.inboxes: dict[str, tuple[AbstractContextManager[Inbox], Inbox]] = {}
-        self.counts = _Counts()
-        self.next_number = 0
+        self.counts: _Counts = _Counts()
+        self.next_number: int = 0
 
     # The model
 

@@ -1,0 +1,45 @@
+"""Read by type checkers, never run: what users write must have the types they expect."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, assert_type
+
+from anyio_channels import (
+    BaseChannelLayer,
+    ChannelLayerStatistics,
+    Inbox,
+    InMemoryChannelLayer,
+    MessagesLost,
+    create_channel_layer,
+    get_channel_layer,
+)
+from anyio_channels.testing import Clock, contract_machine, run_checks
+
+
+async def use(layer: InMemoryChannelLayer) -> None:
+    async with layer as opened:
+        assert_type(opened, InMemoryChannelLayer)
+    async with layer.subscribe("a", "b", overflow="drop_old", on_gap="raise") as inbox:
+        assert_type(inbox, Inbox)
+        assert_type(inbox.channel, str)
+        assert_type(await inbox.receive(), dict[str, Any])
+        async for message in inbox:
+            assert_type(message, dict[str, Any])
+    assert_type(await layer.receive("a"), dict[str, Any])
+    assert_type(await layer.group_channels("a"), set[str])
+    assert_type(layer.statistics(), ChannelLayerStatistics)
+    layer.subscribe("a", overflow="nonsense")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    InMemoryChannelLayer(capactiy=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def make(clock: Clock, **options: Any) -> BaseChannelLayer:
+    return InMemoryChannelLayer(clock=clock, channel_capacity={"a*": 1, re.compile("b"): 2}, **options)
+
+
+async def check() -> None:
+    await run_checks(make)
+    contract_machine(make, "trio", {"restrict_keyboard_interrupt_to_checkpoints": True})
+    assert_type(get_channel_layer(), BaseChannelLayer | None)
+    assert_type(create_channel_layer("memory://"), BaseChannelLayer)
+    assert_type(MessagesLost(5).missed, int | None)
