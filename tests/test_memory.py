@@ -506,3 +506,44 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
             layer._room.abandon(promised)  # the second, who still waits
         tg.cancel_scope.cancel()
     assert layer.statistics().waiting_receivers == 0
+
+
+async def test_many_memberships_that_expire_one_by_one(clock: Clock) -> None:
+    """Looking for the next membership to expire costs the same however many have expired before."""
+    layer = InMemoryChannelLayer(clock=clock, group_expiry=100_000)
+    for number in range(30_000):
+        clock.advance(1)
+        await layer.group_add("group", f"m.{number}")
+    clock.advance(70_000)
+    for left in range(30_000, 0, -1):
+        assert layer.statistics().members == left
+        clock.advance(1)
+
+
+async def test_calls_from_worker_threads(layer: InMemoryChannelLayer) -> None:
+    """A worker thread of anyio's wakes readers in the loop it serves."""
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(layer.receive, "a")
+        await anyio.wait_all_tasks_blocked()
+        await anyio.to_thread.run_sync(layer.send_nowait, "a", {})
+    assert layer.statistics().received == 1
+
+
+async def test_time_outs_of_asyncio(layer: InMemoryChannelLayer) -> None:
+    """asyncio's wait_for and timeout, which cancel tasks without anyio's knowledge, lose nothing either."""
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return  # there is no such thing on trio
+    got = []
+    for number in range(300):
+        loop = asyncio.get_running_loop()
+        delay = (number % 3) * 0.0001  # before, with and after the message: no outcome is wrong
+        loop.call_later(0.0001, layer.send_nowait, "a", {"n": number})
+        try:
+            if number % 2:
+                got.append(await asyncio.wait_for(layer.receive("a"), delay))
+            else:
+                async with asyncio.timeout(delay):
+                    got.append(await layer.receive("a"))
+        except TimeoutError:
+            got.append(await layer.receive("a"))
+    assert [message["n"] for message in got] == list(range(300))

@@ -278,10 +278,12 @@ class BaseChannelLayer:
         """Return an inbox for ``async with``: a new channel that is a member of ``groups`` while the block runs.
 
         ``capacity``: how many messages the inbox holds, if not what the layer gives a channel of that name.
-        ``overflow``: what is dropped when a broadcast finds it full: ``"drop_new"``, that message, or ``"drop_old"``,
-        the oldest one. ``on_gap``: what the reader gets in the place of messages that it missed, dropped or expired:
-        nothing (``"ignore"``), a message ``{"type": "channel_layer.gap", "missed": n}`` (``"event"``; ``n`` is ``None``
-        where nobody can know), or one ``MessagesLost`` from ``receive`` (``"raise"``).
+        ``overflow``: what happens when a message finds it full: with ``"drop_new"`` a broadcast is dropped and a ``send``
+        raises ``ChannelFull``; with ``"drop_old"`` the oldest message is dropped for either. ``on_gap``: what the reader
+        gets in the place of messages that it missed, dropped or expired: nothing (``"ignore"``), a message
+        ``{"type": "channel_layer.gap", "missed": n}`` (``"event"``; ``n`` is ``None`` where nobody can know), or one
+        ``MessagesLost`` from ``receive`` (``"raise"``). Whoever asks the whole group for what it missed should not do so
+        at every gap: the answers may overflow the inbox again.
 
         Leaving the block, also by an error or by cancellation, leaves all groups, ends the waits of the inbox's readers
         with ``anyio.ClosedResourceError`` and throws away what was not read.

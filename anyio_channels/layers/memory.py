@@ -17,6 +17,7 @@ import math
 import re
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
@@ -92,7 +93,8 @@ class _Group(Expirable):
         self.layer = layer
         self.name = name
         self.members: dict[str, _Channel] = {}
-        self.expiries: dict[str, float] = {}  # the earliest first: joining again moves to the end
+        # The earliest first: joining again moves to the end. A plain dict is slow to give its first key after many deletions.
+        self.expiries: OrderedDict[str, float] = OrderedDict()
         self.quiet_until = -math.inf
         self.listed = False
 
