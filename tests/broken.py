@@ -238,6 +238,13 @@ class NeverWaits(InMemoryChannelLayer):
                 raise
 
 
+class RefusesAlways(InMemoryChannelLayer):
+    """Every channel is full."""
+
+    def send_nowait(self, channel: str, message: Message) -> None:
+        raise self.ChannelFull(channel)
+
+
 BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (OverAccepts, {"Capacity"}),
     (DeliversTwice, {"Delivery"}),
@@ -258,6 +265,7 @@ BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (ForgetsToWake, {"Delivery"}),
     (RaisesOtherErrors, {"Names"}),
     (NeverWaits, {"Capacity"}),
+    (RefusesAlways, {"Capacity", "Delivery"}),
 ]
 """Each with a clause that the checks must name."""
 

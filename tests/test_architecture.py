@@ -66,7 +66,7 @@ def test_importing_the_package_needs_no_extra() -> None:
     """Importing anyio_channels brings in its two dependencies and no optional one."""
     code = "import sys, anyio_channels; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = set(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+        subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout.split()
     )
     assert {"anyio", "ormsgpack"} <= loaded
     assert not loaded & {"trio", "hypothesis", "click", "starlette", "anycorn", "redis", "pytest"}

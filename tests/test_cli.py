@@ -18,7 +18,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     else:
         start = ["-m", "anyio_channels.cli"]
     return subprocess.run(
-        [sys.executable, "-W", "error", *start, *arguments],
+        [sys.executable, "-P", "-W", "error", *start, *arguments],
         capture_output=True,
         check=False,
         encoding="utf-8",
@@ -144,5 +144,7 @@ def test_the_package_imports_nothing_of_the_extra() -> None:
         "import sys, anyio_channels, anyio_channels.cli\n"
         "print({name.partition('.')[0] for name in sys.modules} & {'click', 'starlette', 'anycorn', 'trio'})"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, encoding="utf-8", timeout=30)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, check=True, encoding="utf-8", timeout=30
+    )
     assert result.stdout == "set()\n"

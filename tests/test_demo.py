@@ -42,7 +42,7 @@ class Demo:
     def __init__(self, *options: str) -> None:
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "anyio_channels.cli", "demo", "--port", "0", *options],
+            [sys.executable, "-P", "-W", "error", "-m", "anyio_channels.cli", "demo", "--port", "0", *options],
             stdout=subprocess.PIPE,
             stderr=self.errors,
             encoding="utf-8",

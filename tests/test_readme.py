@@ -31,7 +31,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 @pytest.mark.parametrize("block", blocks("python"), ids=["asyncio", "trio"])
 def test_examples(block: str) -> None:
     """Each example runs by itself and prints that both members received."""
-    result = subprocess.run([sys.executable, "-c", block], check=True, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-P", "-c", block], check=True, capture_output=True, text=True, timeout=60)
     assert sorted(result.stdout.splitlines()) == ["Ada received hello", "Grace received hello"]
     assert result.stderr == ""
 
@@ -42,7 +42,7 @@ def test_examples(block: str) -> None:
 def test_documentation(page: Path) -> None:
     """Every example of the documentation runs by itself, without a warning."""
     for block in blocks("python", page.read_text()):
-        subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, timeout=120)
+        subprocess.run([sys.executable, "-P", "-W", "error", "-c", block], check=True, timeout=120)
 
 
 def test_links_lead_somewhere() -> None:

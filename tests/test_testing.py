@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import anyio
 import pytest
-from broken import BROKEN, NOT_FOR_THE_MACHINE
+from broken import BROKEN, NOT_FOR_THE_MACHINE, ForgetsToWake, RefusesAlways
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from anyio_channels import InMemoryChannelLayer
+from anyio_channels import ChannelFull, InMemoryChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
 from anyio_channels.testing import CHECKS, Check, Clock, ContractViolation, contract_machine, run_checks
 
@@ -61,7 +62,7 @@ def test_machine_catches(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         made: BaseChannelLayer = layer(clock=clock, **options)
         return made
 
-    with pytest.raises(ContractViolation):
+    with pytest.raises((ContractViolation, ChannelFull)):
         run_state_machine_as_test(
             contract_machine(make, "asyncio"),
             settings=settings(
@@ -110,3 +111,43 @@ async def test_a_layer_with_a_time_of_its_own() -> None:
         return layer
 
     await run_checks(make)
+
+
+def script(layer: type[InMemoryChannelLayer] = InMemoryChannelLayer) -> Any:
+    """A machine whose steps are told by hand."""
+    machine = contract_machine(lambda clock, **options: layer(clock=clock, **options))
+    return machine()
+
+
+def test_the_model_of_gaps_that_meet() -> None:
+    """When the messages between two gaps expire, the gaps are one; the layer and the model agree on it."""
+    machine = script()
+    machine.open_or_close_inbox(inbox="first", groups=["red"], capacity=2, overflow="drop_new", on_gap="event")
+    inbox = machine.inboxes["first"][1].channel
+    machine.broadcast_many(group="red", count=3)
+    machine._receive(inbox)
+    machine.broadcast_many(group="red", count=2)
+    assert [entry.number is None for entry in machine.channels[inbox].entries] == [False, True, False, True]
+    machine.let_time_pass(seconds=10.0)
+    assert [entry.missed for entry in machine.channels[inbox].entries] == [4]
+    machine.statistics_add_up()
+    machine._receive(inbox)
+    machine.teardown()
+
+
+@pytest.mark.parametrize(
+    ("layer", "steps", "words"),
+    [
+        (ForgetsToWake, ["_start_reader", "_send"], "Delivery: a reader of 'normal' still waits"),
+        (RefusesAlways, ["_send"], "Capacity: 'normal' refused a message, accepting it: should be True, is False"),
+    ],
+)
+def test_what_the_machine_says(layer: Any, steps: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A violation names the clause, the channel, and both sides."""
+    monkeypatch.setattr("anyio_channels.testing.machine._WAIT", 0.5)
+    machine = script(layer)
+    with pytest.raises(ContractViolation, match=words):
+        for step in steps:
+            getattr(machine, step)("normal")
+    with contextlib.suppress(ContractViolation):
+        machine.teardown()

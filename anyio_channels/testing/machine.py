@@ -273,14 +273,18 @@ class ContractMachine(RuleBasedStateMachine):
     def receive(self, data: st.DataObject) -> None:
         """Receive a message that is there."""
         name = data.draw(st.sampled_from([name for name, channel in self.channels.items() if channel.entries]))
+        self._receive(name)
+
+    def _receive(self, name: str) -> None:
         self.expect(f"Delivery on {name!r}", self.call(self.layer.receive, name), self.model_take(self.channels[name]))
 
     @rule(data=st.data())
     def start_reader(self, data: st.DataObject) -> None:
         """Start one more reader, which waits if there is nothing for it."""
-        name = data.draw(st.sampled_from(list(self.channels)))
-        channel = self.channels[name]
-        channel.readers.append(self.portal.start_task_soon(self.layer.receive, name))
+        self._start_reader(data.draw(st.sampled_from(list(self.channels))))
+
+    def _start_reader(self, name: str) -> None:
+        self.channels[name].readers.append(self.portal.start_task_soon(self.layer.receive, name))
         self.deliver()
 
     @precondition(lambda self: self.waiting())
@@ -490,7 +494,7 @@ class ContractMachine(RuleBasedStateMachine):
         try:
             for name, channel in self.channels.items():
                 while channel.entries:
-                    self.expect(f"Delivery on {name!r}", self.call(self.layer.receive, name), self.model_take(channel))
+                    self._receive(name)
             self.call(self.layer.close)
             for channel in self.channels.values():
                 self._require_closed(channel.readers)
