@@ -245,6 +245,20 @@ class RefusesAlways(InMemoryChannelLayer):
         raise self.ChannelFull(channel)
 
 
+class HangsInSend(InMemoryChannelLayer):
+    """A send never comes back."""
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        await anyio.sleep_forever()
+
+
+class FailsInSend(InMemoryChannelLayer):
+    """A send fails."""
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        raise RuntimeError("no")
+
+
 BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (OverAccepts, {"Capacity"}),
     (DeliversTwice, {"Delivery"}),
@@ -266,6 +280,8 @@ BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (RaisesOtherErrors, {"Names"}),
     (NeverWaits, {"Capacity"}),
     (RefusesAlways, {"Capacity", "Delivery"}),
+    (HangsInSend, {"Delivery"}),
+    (FailsInSend, {"Delivery"}),
 ]
 """Each with a clause that the checks must name."""
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 
 from anyio_channels import InMemoryChannelLayer
 
-settings.register_profile("fast", max_examples=60, stateful_step_count=50, deadline=None)
+# The same examples every time: what CI finds on one commit, it finds there again. The thorough profile explores.
+settings.register_profile("fast", max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
 settings.register_profile(
     "thorough",
     max_examples=2000,

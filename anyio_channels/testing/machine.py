@@ -183,12 +183,17 @@ class ContractMachine(RuleBasedStateMachine):
     # Calls into the event loop
 
     def call(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """Run ``function`` in the event loop; a call that does not come back is a violation."""
+        """Run ``function`` in the event loop; but for ``ChannelFull``, an error or a call that hangs is a violation."""
+        what = getattr(function, "__name__", repr(function))
         future = self.portal.start_task_soon(function, *args)
         try:
             return future.result(_WAIT)
+        except (ChannelFull, ContractViolation):
+            raise
         except TimeoutError as error:
-            raise ContractViolation(f"{getattr(function, '__name__', function)} did not come back") from error
+            raise ContractViolation(f"{what} did not come back") from error
+        except Exception as error:
+            raise ContractViolation(f"{what} raised {error!r}") from error
 
     def waiting(self) -> int:
         """How many readers wait, by the model."""
