@@ -122,14 +122,14 @@ async def among_100(layer: InMemoryChannelLayer) -> float:
     """Send and receive while 100 other channels hold a message."""
     for number in range(100):
         await layer.send(f"other.{number}", MESSAGE)
-    return await pairs(layer)
+    return min([await pairs(layer) for _ in range(5)])
 
 
 async def among_100_000(layer: InMemoryChannelLayer) -> float:
     """Send and receive while 100,000 other channels hold a message."""
     for number in range(100_000):
         await layer.send(f"other.{number}", MESSAGE)
-    return await pairs(layer)
+    return min([await pairs(layer) for _ in range(5)])  # filling takes long, so one filling serves for five
 
 
 @dataclass

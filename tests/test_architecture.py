@@ -70,3 +70,9 @@ def test_importing_the_package_needs_no_extra() -> None:
     )
     assert {"anyio", "ormsgpack"} <= loaded
     assert not loaded & {"trio", "hypothesis", "click", "starlette", "anycorn", "redis", "pytest"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_assert_guards_anything(path: Path) -> None:
+    """Input is checked by exceptions: an assert is gone under python -O."""
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
