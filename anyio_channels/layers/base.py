@@ -356,11 +356,12 @@ class BaseChannelLayer:
             rule = f"prefix must be a str of 1 to {_MAX_PREFIX} ASCII letters, digits, hyphens, underscores and periods"
             raise TypeError(f"{rule}; got {reprlib.repr(prefix)}")
 
-    def _require_valid_exclude(self, exclude: object) -> None:
+    def _require_valid_exclude(self, exclude: object) -> frozenset[str]:
         if isinstance(exclude, str | bytes) or not isinstance(exclude, Collection):
             raise TypeError(f"exclude must be a collection of channel names, not {reprlib.repr(exclude)}")
         for name in exclude:
             self.require_valid_channel_name(name)
+        return frozenset(exclude)
 
     # Capacities
 

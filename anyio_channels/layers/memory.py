@@ -132,7 +132,7 @@ class _Group(Expirable):
             self.discard(self.members[name])
         return None
 
-    def deliver(self, entry: tuple[float, bytes], exclude: Collection[str], now: float, rung: list[Waiter]) -> int:
+    def deliver(self, entry: tuple[float, bytes], exclude: frozenset[str], now: float, rung: list[Waiter]) -> int:
         """Put ``entry`` into the channel of every member but ``exclude``; return how many of them were full."""
         missed = 0
         for channel in self.present(now, rung):
@@ -375,8 +375,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         Raises what ``group_send`` raises.
         """
         self.require_valid_group_name(group)
-        if exclude != ():
-            self._require_valid_exclude(exclude)
+        excluded = self._require_valid_exclude(exclude)
         data = self._encode(message)
         room = self._room
         rung: list[Waiter] = []
@@ -386,7 +385,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 now = self._clock()
                 room.index.sweep(now, rung)
                 target = self._groups.get(group)
-                missed = 0 if target is None else target.deliver((now + self.expiry, data), exclude, now, rung)
+                missed = 0 if target is None else target.deliver((now + self.expiry, data), excluded, now, rung)
         finally:
             room.wake(rung)
         if missed and target is not None and now >= target.quiet_until:
