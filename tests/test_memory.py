@@ -547,3 +547,26 @@ async def test_time_outs_of_asyncio(layer: InMemoryChannelLayer) -> None:
         except TimeoutError:
             got.append(await layer.receive("a"))
     assert [message["n"] for message in got] == list(range(300))
+
+
+async def test_who_waited_at_closing_does_not_wait_on_in_a_layer_opened_again() -> None:
+    """A layer may be opened again before those who waited have run: they get ClosedResourceError all the same."""
+    layer = InMemoryChannelLayer(capacity=1)
+    ended: list[str] = []
+
+    async def wait(what: str, call: Any) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await call()
+        ended.append(what)
+
+    async with anyio.create_task_group() as tg:
+        async with layer:
+            await layer.send("full", {})
+            tg.start_soon(wait, "receive", lambda: layer.receive("a"))
+            tg.start_soon(wait, "send", lambda: layer.send("full", {}, wait=True))
+            await anyio.wait_all_tasks_blocked()
+        async with layer:
+            layer.send_nowait("a", {"n": 1})
+            await anyio.wait_all_tasks_blocked()
+            assert layer.receive_nowait("a") == {"n": 1}
+    assert sorted(ended) == ["receive", "send"]

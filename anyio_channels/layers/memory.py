@@ -40,7 +40,7 @@ _SLACK: Final = 1024
 class _Channel(Mailbox[bytes]):
     """A mailbox with a name that can be a member of groups."""
 
-    __slots__ = ("groups", "layer", "name", "on_gap", "owned")
+    __slots__ = ("dropped", "groups", "layer", "name", "on_gap", "owned")
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class _Channel(Mailbox[bytes]):
         self.layer = layer
         self.name = name
         self.owned = owned
+        self.dropped = False  # it was idle, and whoever has just found it looks again
         self.on_gap = on_gap
         self.groups: set[_Group] | None = None
 
@@ -246,7 +247,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             try:
                 await target.put_when_room(data, self.expiry)
             except ClosedResourceError:
-                if self._closed or target.owned:
+                if not target.dropped:
                     raise
                 # An idle channel was dropped from the dict between finding it and waiting at it.
             else:
@@ -308,7 +309,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 try:
                     item = await source.take()
                 except ClosedResourceError:
-                    if self._closed or source.owned:
+                    if not source.dropped:
                         raise
                     # An idle channel was dropped from the dict between finding it and waiting at it.
                     continue
@@ -523,6 +524,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
 
     def _forget_channel(self, channel: _Channel) -> None:
         channel.closed = True
+        channel.dropped = not channel.owned
         del self._channels[channel.name]
         self._forgotten += 1
         if self._forgotten > len(self._channels) + _SLACK:
