@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .exceptions import ChannelFull, MessagesLost, MessageTooLarge
 from .layers import (
     BaseChannelLayer,
@@ -11,11 +13,15 @@ from .layers import (
     InMemoryChannelLayer,
     channel_layers,
     create_channel_layer,
+    create_redis_channel_layer,
     get_channel_layer,
     has_layers,
     register_channel_layer,
     unregister_channel_layer,
 )
+
+if TYPE_CHECKING:
+    from .layers import RedisChannelLayer, RedisPubSubChannelLayer
 
 __all__ = [
     "BaseChannelLayer",
@@ -26,9 +32,12 @@ __all__ = [
     "Inbox",
     "MessageTooLarge",
     "MessagesLost",
+    "RedisChannelLayer",
+    "RedisPubSubChannelLayer",
     "__version__",
     "channel_layers",
     "create_channel_layer",
+    "create_redis_channel_layer",
     "get_channel_layer",
     "has_layers",
     "register_channel_layer",
@@ -36,3 +45,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the layers on Redis when they are first asked for: they need an extra."""
+    if name in ("RedisChannelLayer", "RedisPubSubChannelLayer"):
+        from . import layers  # noqa: PLC0415
+
+        return getattr(layers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,14 +10,14 @@ import anyio
 from anyio_channels import InMemoryChannelLayer
 from anyio_channels.layers.base import Message
 from anyio_channels.layers.mailbox import Waiter
-from anyio_channels.layers.memory import _Channel, _Group
+from anyio_channels.layers.local import Channel, Group
 
 
 class OverAccepts(InMemoryChannelLayer):
     """Checks for room, lets others run, then sends without looking again, as a peer does."""
 
     async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
-        before = self._channels.get(channel)
+        before = self._here.channels.get(channel)
         await super().send(channel, message, wait=wait) if before is None else await anyio.lowlevel.checkpoint()
         if before is not None:
             full = len(before.entries) >= before.capacity
@@ -37,7 +37,7 @@ class DeliversTwice(InMemoryChannelLayer):
         message = await super().receive(channel)
         self.count += 1
         if self.count % 3 == 0:
-            source = self._channels[channel]
+            source = self._here.channels[channel]
             source.entries.insert(0, (self._clock() + self.expiry, self._encode(message)))
             self._room.books.sent += 1
             source._books.occupied += source._weight if len(source.entries) == 1 else 0
@@ -49,7 +49,7 @@ class Reorders(InMemoryChannelLayer):
 
     def send_nowait(self, channel: str, message: Message) -> None:
         super().send_nowait(channel, message)
-        entries = self._channels[channel].entries
+        entries = self._here.channels[channel].entries
         if len(entries) > 2:
             entries.insert(0, entries.pop())
 
@@ -139,37 +139,37 @@ class DropsWaiters(InMemoryChannelLayer):
 
     async def flush(self) -> None:
         await super().flush()
-        self._channels = {}
+        self._here.channels = {}
 
 
 class SkipsFull(InMemoryChannelLayer):
     """A full member stops the broadcast: those behind it miss it too."""
 
     def group_send_nowait(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
-        original = _Group.present
+        original = Group.present
 
-        def present(self: _Group, now: float, rung: list[Waiter]) -> list[_Channel]:
+        def present(self: Group, now: float, rung: list[Waiter]) -> list[Channel]:
             found = original(self, now, rung)
             full = [number for number, channel in enumerate(found) if len(channel.entries) >= channel._limit]
             return found[: full[0] + 1] if full else found
 
-        _Group.present = present  # type: ignore[method-assign]
+        Group.present = present  # type: ignore[method-assign]
         try:
             super().group_send_nowait(group, message, exclude=exclude)
         finally:
-            _Group.present = original  # type: ignore[method-assign]
+            Group.present = original  # type: ignore[method-assign]
 
 
 class KeepsMembershipOfExpired(InMemoryChannelLayer):
     """A channel whose reader is gone stays in its groups."""
 
-    def _add_channel(self, name: str) -> _Channel:
+    def _add_channel(self, name: str) -> Channel:
         channel = super()._add_channel(name)
         channel.__class__ = _Stays
         return channel
 
 
-class _Stays(_Channel):
+class _Stays(Channel):
     __slots__ = ()
 
     def expired_unread(self) -> None:

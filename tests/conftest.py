@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from redis_server import RedisServer, shared_server
 
 from anyio_channels import InMemoryChannelLayer
 
@@ -57,6 +58,12 @@ def clock() -> Clock:
 @pytest.fixture
 def layer(clock: Clock) -> InMemoryChannelLayer:
     return InMemoryChannelLayer(clock=clock, capacity=5, expiry=10, group_expiry=100)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis that tests share, each with a prefix of its own; who disturbs the server starts another."""
+    yield from shared_server(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ async def test_a_hundred_thousand_unread_channels_leave_nothing(clock: Clock) ->
     clock.advance(10)
     counts = layer.statistics()
     assert (counts.channels, counts.buffered_messages, counts.expired) == (0, 0, 100_000)
-    assert len(layer._channels) == len(layer._room.index) == 0
+    assert len(layer._here.channels) == len(layer._room.index) == 0
 
 
 async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
@@ -99,7 +99,7 @@ async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
     for _ in range(1000):
         layer.send_nowait("busy", {})
         layer.receive_nowait("busy")
-    assert set(layer._channels) == {"busy"}
+    assert set(layer._here.channels) == {"busy"}
 
 
 async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
@@ -116,7 +116,7 @@ async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
             await layer.group_discard(f"group.{number}", name)
         counts = layer.statistics()
         assert (counts.channels, counts.groups, counts.members) == (1, 1, 1)
-        assert len(layer._channels) < 3000
+        assert len(layer._here.channels) < 3000
         assert len(layer._room.index) < 5000
 
 
@@ -126,7 +126,7 @@ async def test_a_wait_that_is_cancelled_again_and_again_leaves_nothing(layer: In
         with anyio.move_on_after(0):
             await layer.receive("a")
     assert layer.statistics().waiting_receivers == 0
-    assert layer._channels["a"].idle
+    assert layer._here.channels["a"].idle
 
 
 async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
@@ -134,7 +134,7 @@ async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
     for number in range(100):
         await layer.group_add("group", f"a.{number}")
     await layer.group_send("group", {"text": "x" * 1000})
-    held = {id(channel.entries[0][1]) for channel in layer._channels.values()}
+    held = {id(channel.entries[0][1]) for channel in layer._here.channels.values()}
     assert len(held) == 1
 
 
@@ -315,7 +315,7 @@ async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLaye
             channel = original(name)
             if not dropped:
                 dropped = True
-                layer._forget_channel(channel)
+                layer._here.forget(channel)
             return channel
 
         monkeypatch.setattr(layer, "_get_channel", get)
@@ -345,7 +345,7 @@ async def test_members_that_expire_and_come_again(layer: InMemoryChannelLayer, c
         assert await layer.group_channels("group") == {inbox.channel}
         await layer.group_discard("group", inbox.channel)
         assert await layer.group_channels("group") == set()
-    assert not layer._groups
+    assert not layer._here.groups
 
 
 async def test_a_group_of_someone_else_is_no_trace(layer: InMemoryChannelLayer, clock: Clock) -> None:
@@ -501,7 +501,7 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
             tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
         layer.send_nowait("a", {"n": 1})
-        promised = next(iter(layer._channels["a"]._readers or ()))
+        promised = next(iter(layer._here.channels["a"]._readers or ()))
         with layer._room:
             layer._room.abandon(promised)  # the second, who still waits
         tg.cancel_scope.cancel()

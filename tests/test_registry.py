@@ -81,7 +81,7 @@ def test_memory_urls() -> None:
     [
         ("nonsense://", {}, ValueError, "unknown channel layer URL scheme 'nonsense://'; there are: memory://"),
         ("", {}, ValueError, "unknown channel layer URL scheme"),
-        (5, {}, TypeError, "must be a str, not 5"),
+        (5, {}, TypeError, "must be a str, not int"),
         (
             "memory://?capactiy=1",
             {},

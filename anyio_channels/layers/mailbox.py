@@ -62,9 +62,9 @@ class Books:
 
 @dataclass(slots=True, eq=False)
 class Gap:
-    """Stands in a mailbox where items are missing."""
+    """Stands in a mailbox where items are missing; ``None``: nobody knows how many."""
 
-    missed: int
+    missed: int | None
 
 
 class Waiter:
@@ -237,6 +237,17 @@ class Mailbox(Expirable, Generic[T]):
     def expired_unread(self) -> None:
         """Items expired here unread; called under the lock."""
 
+    def reader_waits(self) -> None:
+        """A reader found nothing and is about to wait; called without the lock."""
+
+    def reader_left(self) -> None:
+        """A reader that waited was cancelled; called without the lock, but perhaps within a locked section."""
+
+    @property
+    def demand(self) -> int:
+        """How many readers wait who were promised nothing."""
+        return 0 if self._readers is None else len(self._readers)
+
     @property
     def idle(self) -> bool:
         """Whether nothing is in here, nobody waits and nobody is on the way."""
@@ -283,11 +294,19 @@ class Mailbox(Expirable, Generic[T]):
         books.dropped_full += 1
         if not self.track_gaps:
             return
-        last = self.entries[-1][1]
+        self._widen_last(1, rung)
+
+    def mark_outage(self, rung: list[Waiter]) -> None:
+        """Something may be missing here, and nobody knows how much."""
+        if self.track_gaps:
+            self._widen_last(None, rung)
+
+    def _widen_last(self, missed: int | None, rung: list[Waiter]) -> None:
+        last = self.entries[-1][1] if self.entries else None
         if isinstance(last, Gap):
-            last.missed += 1
+            last.missed = _widened(last, missed).missed
         else:
-            self.entries.append((_NEVER, Gap(1)))
+            self.entries.append((_NEVER, Gap(missed)))
             self._limit += 1
             self._call_readers(rung)
 
@@ -327,9 +346,11 @@ class Mailbox(Expirable, Generic[T]):
             item = self._take_or_join(waiter, in_front=again)
             if item is None:
                 try:
+                    self.reader_waits()
                     await waiter.event.wait()
                 except BaseException:
                     self._room.abandon(waiter)
+                    self.reader_left()
                     raise
                 item = self._take_promised(waiter)
             if item is not None:
@@ -464,6 +485,24 @@ class Mailbox(Expirable, Generic[T]):
             entries.clear()
         self._call_senders(rung)
 
+    def withdraw(self) -> list[T]:
+        """Take out all items that are promised to nobody, as if they had never been put in; gaps stay."""
+        entries = self.entries
+        keep = 0 if self._readers is None else self._readers.promised
+        taken: list[T] = []
+        while len(entries) > keep:
+            item = entries.pop()[1]
+            if isinstance(item, Gap):
+                self._limit -= 1
+            else:
+                taken.append(item)
+        if taken:
+            self._books.sent -= len(taken)
+            if not entries:
+                self._books.occupied -= self._weight
+        taken.reverse()
+        return taken
+
     def close(self, rung: list[Waiter]) -> None:
         """Throw away all items, now and later; who waits gets ``ClosedResourceError``."""
         self.closed = True
@@ -523,5 +562,7 @@ def _anyone(line: Line | None) -> bool:
     return line is not None and bool(line or line.promised)
 
 
-def _widened(gap: Gap | None, missed: int) -> Gap:
-    return Gap(missed) if gap is None else Gap(gap.missed + missed)
+def _widened(gap: Gap | None, missed: int | None) -> Gap:
+    if gap is None:
+        return Gap(missed)
+    return Gap(None if gap.missed is None or missed is None else gap.missed + missed)

@@ -4,156 +4,29 @@ Rules:
 - every decision is in a plain function, callable from any thread; the async methods check for cancellation, call it,
   and wait only in the mailbox.
 - a message is encoded once, however many members it goes to; each receiver decodes its own copy.
-- a channel is in the dict while anything is in it, waits at it or lists it in a group, and may be there a little
-  longer: idle channels are dropped when due in the expiry index, or when the dict has doubled.
-- a channel knows its groups and a group its channels, so nobody scans. An open inbox's memberships do not expire.
 - broadcasts that find members full are logged once per group and ``expiry`` seconds, and always counted.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from anyio import ClosedResourceError, WouldBlock
 
-from anyio_channels.exceptions import ChannelFull, MessagesLost
+from anyio_channels.exceptions import ChannelFull
 
 from .backend import CANCELLED, thread
 from .base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
 from .codec import Codec
-from .expiry import Expirable
-from .mailbox import Books, Gap, Mailbox, Mailroom, Waiter
+from .local import Channel, Directory
+from .mailbox import Books, Gap, Mailroom, Waiter
 
 __all__ = ["InMemoryChannelLayer", "channel_layer"]
-
-_logger = logging.getLogger("anyio_channels")
-_SLACK: Final = 1024
-
-
-class _Channel(Mailbox[bytes]):
-    """A mailbox with a name that can be a member of groups."""
-
-    __slots__ = ("dropped", "groups", "layer", "name", "on_gap", "owned")
-
-    def __init__(
-        self,
-        layer: InMemoryChannelLayer,
-        name: str,
-        capacity: int,
-        *,
-        owned: bool = False,
-        overflow: Overflow = "drop_new",
-        on_gap: OnGap = "ignore",
-    ) -> None:
-        super().__init__(
-            layer._room,  # noqa: SLF001 - a part of the layer
-            capacity,
-            owned=owned,
-            drop_old=overflow == "drop_old",
-            track_gaps=on_gap != "ignore",
-        )
-        self.layer = layer
-        self.name = name
-        self.owned = owned
-        self.dropped = False  # it was idle, and whoever has just found it looks again
-        self.on_gap = on_gap
-        self.groups: set[_Group] | None = None
-
-    @property
-    def idle(self) -> bool:
-        return not (self.owned or self.groups) and super().idle
-
-    def expired_unread(self) -> None:
-        if not self.owned:
-            self.leave_all()
-
-    def fall_due(self, now: float, rung: list[Waiter]) -> float | None:
-        due = super().fall_due(now, rung)
-        if self.idle and not self.closed:
-            self.layer._forget_channel(self)  # noqa: SLF001 - a part of the layer
-        return due
-
-    def leave_all(self) -> None:
-        for group in tuple(self.groups or ()):
-            group.discard(self)
-
-
-class _Group(Expirable):
-    """The members of a group, and when the memberships that can expire do."""
-
-    __slots__ = ("expiries", "layer", "members", "name", "quiet_until")
-
-    def __init__(self, layer: InMemoryChannelLayer, name: str) -> None:
-        self.layer = layer
-        self.name = name
-        self.members: dict[str, _Channel] = {}
-        # The earliest first: joining again moves to the end. A plain dict is slow to give its first key after many deletions.
-        self.expiries: OrderedDict[str, float] = OrderedDict()
-        self.quiet_until = -math.inf
-        self.listed = False
-
-    @property
-    def dead(self) -> bool:
-        return not self.expiries
-
-    def add(self, channel: _Channel, expires_at: float | None) -> None:
-        name = channel.name
-        if name not in self.members:
-            self.layer._members += 1  # noqa: SLF001 - a part of the layer
-            self.members[name] = channel
-            if channel.groups is None:
-                channel.groups = set()
-            channel.groups.add(self)
-        elif name not in self.expiries:
-            return  # an inbox's membership, which does not expire
-        self.expiries.pop(name, None)
-        if expires_at is not None:
-            self.expiries[name] = expires_at
-
-    def discard(self, channel: _Channel) -> None:
-        if self.members.pop(channel.name, None) is not None:
-            self.layer._members -= 1  # noqa: SLF001 - a part of the layer
-            self.expiries.pop(channel.name, None)
-            (channel.groups or set()).discard(self)
-            if not self.members:
-                self.layer._groups.pop(self.name, None)  # noqa: SLF001 - a part of the layer
-
-    def fall_due(self, now: float, rung: list[Waiter]) -> float | None:  # noqa: ARG002 - nobody waits for a group
-        while self.expiries:
-            name, expires_at = next(iter(self.expiries.items()))
-            if expires_at > now:
-                return expires_at
-            self.discard(self.members[name])
-        return None
-
-    def deliver(self, entry: tuple[float, bytes], exclude: frozenset[str], now: float, rung: list[Waiter]) -> int:
-        """Put ``entry`` into the channel of every member but ``exclude``; return how many of them were full."""
-        missed = 0
-        for channel in self.present(now, rung):
-            if channel.name not in exclude and not channel.put(entry, now, rung):
-                channel.miss(rung)
-                missed += 1
-        return missed
-
-    def present(self, now: float, rung: list[Waiter]) -> list[_Channel]:
-        """The members as they are now: without those whose membership expired, or on whom a message expired unread."""
-        self.fall_due(now, rung)
-        channels = list(self.members.values())
-        for channel in channels:
-            if channel.has_expired(now):
-                break
-        else:
-            return channels
-        for channel in channels:
-            channel.expire(now, rung)
-        return list(self.members.values())
 
 
 class InMemoryChannelLayer(BaseChannelLayer):
@@ -193,12 +66,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         self._encode = codec.encode
         self._decode = codec.decode
         self._room = Mailroom(clock)
-        self._channels: dict[str, _Channel] = {}
-        self._groups: dict[str, _Group] = {}
-        self._members = 0
-        self._inboxes = 0
-        self._trim_at = _SLACK
-        self._forgotten = 0
+        self._here = Directory(self._room, self.get_capacity)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -218,12 +86,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         rung: list[Waiter] = []
         with self._room:
             self._closed = True
-            for channel in self._channels.values():
-                channel.close(rung)
-            self._channels = {}
-            self._groups = {}
-            self._members = self._inboxes = 0
-            self._room.index.clear()
+            self._here.close(rung)
         self._room.wake(rung)
 
     # Messages
@@ -266,7 +129,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             now = self._clock()
             if now >= room.index.next_due:
                 room.index.sweep(now, rung)
-            target = self._channels.get(channel) or self._add_channel(channel)
+            target = self._here.channels.get(channel) or self._add_channel(channel)
             accepted = target.put((now + self.expiry, data), now, rung)
         except TypeError:
             self.require_valid_channel_name(channel)  # an unhashable one, which the dict refuses with other words
@@ -282,7 +145,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says."""
         while True:
             try:
-                source = self._channels.get(channel) or self._get_channel(channel)
+                source = self._here.channels.get(channel) or self._get_channel(channel)
             except TypeError:
                 source = self._get_channel(channel)  # refuses an unhashable name in the words of the rule
             if source.entries:
@@ -313,7 +176,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                         raise
                     # An idle channel was dropped from the dict between finding it and waiting at it.
                     continue
-            return self._decode(item) if isinstance(item, bytes) else _gap_message(source, item)
+            return self._decode(item) if isinstance(item, bytes) else source.gap_message(item)
 
     def receive_nowait(self, channel: str) -> Message:
         """Return the next message on ``channel``, from any thread, with or without an event loop.
@@ -325,7 +188,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         item = self._take_nowait(source)
         if item is None:
             raise WouldBlock
-        return self._decode(item) if isinstance(item, bytes) else _gap_message(source, item)
+        return self._decode(item) if isinstance(item, bytes) else source.gap_message(item)
 
     async def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
@@ -340,10 +203,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         rung: list[Waiter] = []
         with self._room:
             self._require_open()
-            for channel in tuple(self._channels.values()):
-                channel.clear(rung)
-                channel.leave_all()
-            self._trim()
+            self._here.clear(rung)
         self._room.wake(rung)
 
     # Groups
@@ -360,13 +220,11 @@ class InMemoryChannelLayer(BaseChannelLayer):
         await self._check_in()
         with self._room:
             self._require_open()
-            member = self._channels.get(channel)
-            if member is not None and group in self._groups:
-                self._groups[group].discard(member)
+            self._here.leave(group, channel)
 
     async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
         """Send ``message`` to every member of ``group``, as ``BaseChannelLayer.group_send`` says."""
-        members = self._groups.get(group) if group.__class__ is str else None
+        members = self._here.groups.get(group) if group.__class__ is str else None
         await self._check_in(1 if members is None else 1 + len(members.members) // 8)
         self.group_send_nowait(group, message, exclude=exclude)
 
@@ -385,18 +243,11 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 self._require_open()
                 now = self._clock()
                 room.index.sweep(now, rung)
-                target = self._groups.get(group)
+                target = self._here.groups.get(group)
                 missed = 0 if target is None else target.deliver((now + self.expiry, data), excluded, now, rung)
         finally:
             room.wake(rung)
-        if missed and target is not None and now >= target.quiet_until:
-            target.quiet_until = now + self.expiry
-            _logger.warning(
-                "group %r: %d of its members were full and missed a message; in the next %s s more such are only counted",
-                group,
-                missed,
-                self.expiry,
-            )
+        self._here.log_missed(target, missed, now, self.expiry)
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now."""
@@ -405,7 +256,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         rung: list[Waiter] = []
         with self._room:
             self._require_open()
-            target = self._groups.get(group)
+            target = self._here.groups.get(group)
             channels = set() if target is None else {channel.name for channel in target.present(self._clock(), rung)}
         self._room.wake(rung)
         return channels
@@ -418,10 +269,10 @@ class InMemoryChannelLayer(BaseChannelLayer):
             room.index.sweep(self._clock(), rung, math.inf)
             books = room.books
             snapshot = ChannelLayerStatistics(
-                channels=books.occupied + self._inboxes,
+                channels=books.occupied + self._here.inboxes,
                 buffered_messages=books.buffered,
-                groups=len(self._groups),
-                members=self._members,
+                groups=len(self._here.groups),
+                members=self._here.members,
                 waiting_receivers=books.waiting_receivers,
                 sent=books.sent,
                 received=books.received,
@@ -441,28 +292,14 @@ class InMemoryChannelLayer(BaseChannelLayer):
         name = _new_name(prefix)
         with self._room:
             self._require_open()
-            self._trim_if_grown()
-            self._inboxes += 1
-            self._channels[name] = _Channel(
-                self,
-                name,
-                self.get_capacity(name) if capacity is None else capacity,
-                owned=True,
-                overflow=overflow,
-                on_gap=on_gap,
-            )
+            self._here.open_inbox(name, capacity, overflow, on_gap)
         return name
 
     async def inbox_close(self, channel: str, groups: Collection[str]) -> None:  # noqa: ARG002 - the channel knows them
         """Leave all groups and forget the channel, at once."""
         rung: list[Waiter] = []
         with self._room:
-            inbox = self._channels.get(channel)
-            if inbox is not None:
-                inbox.leave_all()
-                inbox.close(rung)
-                self._inboxes -= 1
-                self._forget_channel(inbox)
+            self._here.close_inbox(channel, rung)
         self._room.wake(rung)
 
     async def inbox_join(self, channel: str, group: str) -> None:
@@ -472,7 +309,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
 
     # The inside; all below are called with the lock held, unless they say otherwise
 
-    def _take_nowait(self, source: _Channel) -> bytes | Gap | None:
+    def _take_nowait(self, source: Channel) -> bytes | Gap | None:
         """Take what is not promised to others; without the lock."""
         room = self._room
         rung: list[Waiter] = []
@@ -485,18 +322,16 @@ class InMemoryChannelLayer(BaseChannelLayer):
             room.wake(rung)
         return item
 
-    def _get_channel(self, name: str) -> _Channel:
+    def _get_channel(self, name: str) -> Channel:
         """Find or make the channel; without the lock."""
         self.require_valid_channel_name(name)
         with self._room:
-            return self._channels.get(name) or self._add_channel(name)
+            return self._here.channels.get(name) or self._add_channel(name)
 
-    def _add_channel(self, name: str) -> _Channel:
+    def _add_channel(self, name: str) -> Channel:
         self.require_valid_channel_name(name)
         self._require_open()
-        self._trim_if_grown()
-        channel = self._channels[name] = _Channel(self, name, self.get_capacity(name))
-        return channel
+        return self._here.add(name)
 
     def _join(self, group: str, channel: str, expiry: float | None) -> None:
         """Make ``channel`` a member, for ``expiry`` seconds or as long as its inbox; without the lock."""
@@ -506,46 +341,15 @@ class InMemoryChannelLayer(BaseChannelLayer):
         with self._room:
             self._require_open()
             now = self._clock()
-            index = self._room.index
-            index.sweep(now, rung)
-            member = self._channels.get(channel) or self._add_channel(channel)
+            self._room.index.sweep(now, rung)
+            member = self._here.channels.get(channel) or self._add_channel(channel)
             member.expire(now, rung)
-            target = self._groups.get(group)
-            if target is None:
-                target = self._groups[group] = _Group(self, group)
-            target.add(member, None if expiry is None else now + expiry)
-            if expiry is not None and not target.listed:
-                index.add(target, now + expiry)
+            self._here.join(group, member, None if expiry is None else now + expiry)
         self._room.wake(rung)
 
     def _require_open(self) -> None:
         if self._closed:
             raise ClosedResourceError(f"{self!r} is closed; open it again with 'async with layer:'")
-
-    def _forget_channel(self, channel: _Channel) -> None:
-        channel.closed = True
-        channel.dropped = not channel.owned
-        del self._channels[channel.name]
-        self._forgotten += 1
-        if self._forgotten > len(self._channels) + _SLACK:
-            self._channels = dict(self._channels)  # a dict never shrinks by itself
-            self._forgotten = 0
-
-    def _trim_if_grown(self) -> None:
-        if len(self._channels) >= self._trim_at:
-            self._trim()
-
-    def _trim(self) -> None:
-        for channel in tuple(self._channels.values()):
-            if channel.idle:
-                self._forget_channel(channel)
-        self._trim_at = 2 * len(self._channels) + _SLACK
-
-
-def _gap_message(source: _Channel, gap: Gap) -> Message:
-    if source.on_gap == "raise":
-        raise MessagesLost(gap.missed)
-    return {"type": "channel_layer.gap", "missed": gap.missed}
 
 
 def _new_name(prefix: str) -> str:

@@ -9,15 +9,19 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from .base import BaseChannelLayer
+
+if TYPE_CHECKING:
+    from .redis import RedisChannelLayer
 
 __all__ = [
     "ChannelLayerRegistry",
     "channel_layers",
     "create_channel_layer",
+    "create_redis_channel_layer",
     "get_channel_layer",
     "has_layers",
     "register_channel_layer",
@@ -104,18 +108,31 @@ def has_layers() -> bool:
 def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
     """Make the layer that ``url`` describes, not yet opened: ``create_channel_layer("memory://?capacity=10")``.
 
-    The query gives the layer's options; ``options`` gives them too, and those that a URL cannot say. Raises ``TypeError``
-    for an option that the layer does not have or that is given twice, ``ValueError`` for an unknown scheme, a value of
-    the wrong form, or a part of the URL that means nothing to the layer.
+    ``redis://``, ``rediss://`` (TLS) and ``unix://`` are the queue layer on Redis; with ``+pubsub`` (``redis+pubsub://``) they
+    are the pub/sub layer. The query gives the layer's options, and for Redis those of the ``redis`` package
+    (``ssl_ca_certs``, ``socket_timeout``, ...); ``options`` gives the layer's too, and those that a URL cannot say.
+
+    Raises ``TypeError`` for an option that the layer does not have or that is given twice, ``ValueError`` for an unknown
+    scheme, a value of the wrong form, or a part of the URL that means nothing to the layer, and ``ImportError`` for a layer
+    whose extra is not installed.
     """
     if not isinstance(url, str):
-        raise TypeError(f"a channel layer URL must be a str, not {url!r}")
-    parts = urlsplit(url)
-    create = _SCHEMES.get(parts.scheme)
+        raise TypeError(f"a channel layer URL must be a str, not {type(url).__name__}")  # it may hold a password
+    create = _SCHEMES.get(urlsplit(url).scheme)
     if create is None:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise ValueError(f"unknown channel layer URL scheme {parts.scheme + '://'!r}; there are: {known}")
+        raise ValueError(f"unknown channel layer URL scheme {urlsplit(url).scheme + '://'!r}; there are: {known}")
     return create(url, options)
+
+
+def create_redis_channel_layer(url: str, **options: Any) -> RedisChannelLayer:
+    """Make the queue layer on the Redis that ``url`` names, as ``create_channel_layer`` does."""
+    layer = create_channel_layer(url, **options)
+    from .redis import RedisChannelLayer  # noqa: PLC0415 - as below
+
+    if not isinstance(layer, RedisChannelLayer):
+        raise ValueError("a URL of the queue layer begins with redis://, rediss:// or unix://")  # noqa: TRY004 - a value
+    return layer
 
 
 def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
@@ -133,7 +150,58 @@ def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     return InMemoryChannelLayer(**in_query, **options)
 
 
-_SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = {"memory": _create_memory}
+def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
+    parts = urlsplit(url)
+    server, _, kind = parts.scheme.partition("+")
+    try:
+        from .redis import RedisChannelLayer, RedisPubSubChannelLayer  # noqa: PLC0415 - as above
+    except ImportError as error:
+        raise ImportError(
+            f"a {parts.scheme}:// channel layer needs an extra: pip install 'anyio_channels[redis]'"
+        ) from error
+    # The query holds options of the layer and of the connection; the redis package reads the latter.
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
+    rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
+    host = urlunsplit((server, parts.netloc, parts.path, rest, parts.fragment))
+    if kind == "pubsub":
+        _require_known_options(options, (*_REDIS_OPTIONS, "on_disconnect", "on_reconnect"))
+        if "random_prefix_length" in in_query:
+            raise TypeError(
+                "option 'random_prefix_length' is one of the queue layer; the pub/sub layer has no such prefix"
+            )
+        _require_once(in_query, options)
+        return RedisPubSubChannelLayer([host], **in_query, **options)
+    _require_known_options(options, (*_REDIS_OPTIONS, "random_prefix_length"))
+    _require_once(in_query, options)
+    return RedisChannelLayer([host], **in_query, **options)
+
+
+_SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = {
+    "memory": _create_memory,
+    "redis": _create_redis,
+    "rediss": _create_redis,
+    "unix": _create_redis,
+    "redis+pubsub": _create_redis,
+    "rediss+pubsub": _create_redis,
+    "unix+pubsub": _create_redis,
+}
+_REDIS_TYPES: Final[dict[str, Callable[[str], Any]]] = {
+    "prefix": str,
+    "expiry": float,
+    "group_expiry": float,
+    "capacity": int,
+    "max_message_size": int,
+    "random_prefix_length": int,
+    "serializer_format": str,
+    "timeout": float,
+    "connect_timeout": float,
+    "keep_alive": float,
+}
+_REDIS_OPTIONS: Final = (
+    "prefix", "expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default",
+    "symmetric_encryption_keys", "serializer_format", "timeout", "connect_timeout", "keep_alive", "clock",
+)  # fmt: skip
 _COMMON_OPTIONS: Final = ("expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default")
 
 

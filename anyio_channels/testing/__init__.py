@@ -12,7 +12,16 @@ It needs the extra ``anyio_channels[testing]``.
 
 from __future__ import annotations
 
-from .checks import CHECKS, Check, Clock, ContractViolation, LayerFactory, run_checks
+from .checks import CHECKS, Check, Clock, ContractViolation, Features, LayerFactory, run_checks
 from .machine import contract_machine
 
-__all__ = ["CHECKS", "Check", "Clock", "ContractViolation", "LayerFactory", "contract_machine", "run_checks"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Clock",
+    "ContractViolation",
+    "Features",
+    "LayerFactory",
+    "contract_machine",
+    "run_checks",
+]

@@ -8,6 +8,7 @@ Rules:
 - each message is a number that is sent once: a duplicate, a loss and a wrong order show as a wrong number.
 - what is drawn never depends on chance outside Hypothesis (random names, the order in which trio runs tasks).
 - after every step ``statistics()`` and the members of every group must be what the model says.
+- where the contract leaves a layer a choice (``Features``), the model chooses alike.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from anyio_channels.exceptions import ChannelFull
 from anyio_channels.layers.base import BaseChannelLayer, Message
 from anyio_channels.layers.inbox import Inbox
 
-from .checks import Clock, ContractViolation, LayerFactory, require, settle
+from .checks import Clock, ContractViolation, Features, LayerFactory, Subject, listen, require, settle, until
 
 __all__ = ["contract_machine"]
 
 EXPIRY: Final = 10.0
 GROUP_EXPIRY: Final = 25.0
-CAPACITIES: Final = {"normal": 3, "big.one": 5, "proc.a!x": 3, "proc.a!y": 3}
-"""The channels of the machine, with the capacity that each must have."""
+CAPACITIES: Final = {"normal": 3, "big.one": 5}
+"""The normal channels of the machine, with the capacity that each must have."""
+PROCESS_SPECIFIC: Final = 2
+"""How many process-specific channels it has besides, of the layer's capacity."""
 GROUPS: Final = ("red", "blue")
 INBOXES: Final = ("first", "second")
 _WAIT: Final = 30.0
@@ -63,6 +66,9 @@ class _Channel:
     owned: bool = False
     overflow: _Overflow = "drop_new"
     on_gap: _OnGap = "ignore"
+    normal: bool = False
+    kept: bool = True
+    """Whether a message to it is kept, and not lost because nobody listens."""
     entries: list[_Entry] = field(default_factory=list)
     readers: list[Future[Message]] = field(default_factory=list)
 
@@ -95,13 +101,18 @@ class ContractMachine(RuleBasedStateMachine):
     factory: ClassVar[LayerFactory]
     backend: ClassVar[str]
     backend_options: ClassVar[dict[str, Any]]
+    features: ClassVar[Features]
 
     def __init__(self) -> None:
         """Start an event loop and open a layer in it."""
         super().__init__()
         self.clock: Clock = Clock()
         self.layer: BaseChannelLayer = type(self).factory(
-            self.clock, expiry=EXPIRY, group_expiry=GROUP_EXPIRY, capacity=3, channel_capacity={"big.*": 5}
+            self.clock,
+            expiry=EXPIRY,
+            group_expiry=GROUP_EXPIRY,
+            capacity=3,
+            channel_capacity={"big.*": 5},
         )
         self.portal_context: AbstractContextManager[BlockingPortal] = start_blocking_portal(
             type(self).backend, type(self).backend_options
@@ -111,7 +122,13 @@ class ContractMachine(RuleBasedStateMachine):
             self.layer
         )
         self.layer_context.__enter__()
-        self.channels: dict[str, _Channel] = {name: _Channel(capacity) for name, capacity in CAPACITIES.items()}
+        self.channels: dict[str, _Channel] = {
+            name: _Channel(capacity, normal=True) for name, capacity in CAPACITIES.items()
+        }
+        for _ in range(PROCESS_SPECIFIC):
+            self.channels[self.call(self.layer.new_channel, "proc.")] = _Channel(3)
+        self.fixed: list[str] = list(self.channels)
+        self.call(listen, Subject(type(self).factory, self.features), self.layer, *self.fixed)
         self.groups: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
         self.inboxes: dict[str, tuple[AbstractContextManager[Inbox], Inbox]] = {}
         self.counts: _Counts = _Counts()
@@ -129,8 +146,26 @@ class ContractMachine(RuleBasedStateMachine):
         self.next_number += 1
         return self.next_number, {"number": self.next_number}
 
+    def raises_full(self, channel: _Channel) -> bool:
+        """Whether ``send`` to a full ``channel`` raises, and does not lose the message on arrival."""
+        return self.features.channel_full == "all" or (self.features.channel_full == "normal" and channel.normal)
+
+    def held_here(self, channel: _Channel) -> bool:
+        """Whether ``statistics()`` knows what is in ``channel``."""
+        return self.features.knows_all or not self.features.keeps_unread or not channel.normal
+
+    def idle(self) -> list[str]:
+        """Which of the fixed channels nobody reads, and which hold nothing."""
+        return [
+            name
+            for name in self.fixed
+            if not self.channels[name].readers and not self.channels[name].entries and self.channels[name].kept
+        ]
+
     def model_put(self, channel: _Channel, number: int) -> bool:
         """The model of a send; ``False``: the channel is full."""
+        if not channel.kept:
+            return True
         if channel.messages() >= channel.capacity:
             if channel.overflow == "drop_new":
                 return False
@@ -167,8 +202,10 @@ class ContractMachine(RuleBasedStateMachine):
                     at += 1
             self.counts.expired += expired
             if expired and not channel.owned:
-                for members in self.groups.values():
-                    members.pop(name, None)
+                channel.kept = self.features.keeps_unread
+                if self.features.leaves_groups == "all" or not channel.normal:
+                    for members in self.groups.values():
+                        members.pop(name, None)
         for members in self.groups.values():
             for name in [name for name, ends in members.items() if ends <= self.now]:
                 del members[name]
@@ -207,7 +244,7 @@ class ContractMachine(RuleBasedStateMachine):
             expected = [self.model_take(channel) for _ in range(count)]
             served.append((name, channel.readers[:count], expected))
             del channel.readers[:count]
-        self.call(settle, self.layer, self.waiting())
+        self.quiet()
         for name, futures, expected in served:
             try:
                 got = [future.result(_WAIT) for future in futures]
@@ -220,6 +257,37 @@ class ContractMachine(RuleBasedStateMachine):
                 sorted(got, key=repr) == sorted(expected, key=repr),
                 f"Delivery: the readers of {name!r} should have received {expected}, got {got}",
             )
+
+    def quiet(self) -> None:
+        """Wait until as many readers wait as the model says, and nothing is on its way."""
+        self.call(settle, self.layer, self.waiting(), self.features)
+        if self.clock.settle is not None:
+            self.call(self.clock.settle, self.layer)
+        self.call(until, lambda: self.seen() == self.modelled(), self.features)
+
+    def seen(self) -> dict[str, int]:
+        """What ``statistics()`` says, of what the layer has to know."""
+        statistics = self.layer.statistics()
+        return {name: getattr(statistics, name) for name in self.modelled()}
+
+    def modelled(self) -> dict[str, int]:
+        """What ``statistics()`` should say."""
+        members = [
+            [name for name in members if self.held_here(self.channels[name])] for members in self.groups.values()
+        ]
+        here = [channel for channel in self.channels.values() if self.held_here(channel)]
+        should = {
+            "buffered_messages": sum(channel.messages() for channel in here),
+            "channels": sum(channel.owned or channel.messages() > 0 for channel in here),
+            "groups": sum(bool(names) for names in members),
+            "members": sum(map(len, members)),
+            "waiting_receivers": self.waiting(),
+            "received": self.counts.received,
+            "dropped_full": self.counts.dropped_full,
+        }
+        if self.features.knows_all:
+            should |= vars(self.counts)
+        return should
 
     def expect(self, what: str, got: object, expected: object) -> None:
         """Compare."""
@@ -235,7 +303,11 @@ class ContractMachine(RuleBasedStateMachine):
 
     def _send(self, name: str) -> None:
         number, message = self.new_message()
-        accepted = self.model_put(self.channels[name], number)
+        channel = self.channels[name]
+        accepted = self.model_put(channel, number)
+        if not accepted and not self.raises_full(channel):
+            self.model_miss(channel)
+            accepted = True
         try:
             self.call(self.layer.send, name, message)
         except ChannelFull:
@@ -247,7 +319,9 @@ class ContractMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(2, 7))
     def send_concurrently(self, data: st.DataObject, count: int) -> None:
         """Several tasks send at once to a channel that nobody reads: as many succeed as there is room for."""
-        names = [name for name in CAPACITIES if not self.channels[name].readers]
+        names = [
+            name for name in self.fixed if not self.channels[name].readers and self.raises_full(self.channels[name])
+        ]
         if not names:
             return
         name = data.draw(st.sampled_from(names))
@@ -255,8 +329,17 @@ class ContractMachine(RuleBasedStateMachine):
         accepted: list[int] = self.call(self._send_all, name, [self.new_message() for _ in range(count)])
         room = channel.capacity - channel.messages()
         self.expect(f"Capacity: concurrent sends accepted by {name!r}", len(accepted), min(count, room))
+        before = len(channel.entries)
         for number in accepted:
             self.model_put(channel, number)
+        if self.features.settles_within:
+            # Who was served first need not have gone on first.
+            for _ in range(before):
+                self._receive(name)
+            got = sorted(self.call(self.layer.receive, name)["number"] for _ in accepted)
+            for _ in accepted:
+                self.model_take(channel)
+            self.expect(f"Delivery on {name!r}", got, sorted(accepted))
 
     async def _send_all(self, name: str, messages: list[tuple[int, Message]]) -> list[int]:
         accepted: list[int] = []
@@ -289,6 +372,7 @@ class ContractMachine(RuleBasedStateMachine):
         self._start_reader(data.draw(st.sampled_from(list(self.channels))))
 
     def _start_reader(self, name: str) -> None:
+        self.channels[name].kept = True
         self.channels[name].readers.append(self.portal.start_task_soon(self.layer.receive, name))
         self.deliver()
 
@@ -300,12 +384,12 @@ class ContractMachine(RuleBasedStateMachine):
         channel = self.channels[data.draw(st.sampled_from(names))]
         future = channel.readers.pop(data.draw(st.integers(0, len(channel.readers) - 1)))
         future.cancel()
-        self.call(settle, self.layer, self.waiting())
+        self.quiet()
 
     @rule(data=st.data(), late=st.booleans())
     def cancel_reader_as_message_comes(self, data: st.DataObject, late: bool) -> None:  # noqa: FBT001
         """Cancel a reader just before or after its message was sent: it has the message, or the channel still does."""
-        idle = sorted(name for name in CAPACITIES if not (self.channels[name].readers or self.channels[name].entries))
+        idle = self.idle()
         if not idle:
             return
         name = data.draw(st.sampled_from(idle))
@@ -314,6 +398,7 @@ class ContractMachine(RuleBasedStateMachine):
         self.model_put(self.channels[name], number)
         if got is not None:
             self.expect(f"Cancellation: a reader of {name!r} received", got, self.model_take(self.channels[name]))
+        self.quiet()
 
     async def _race(self, name: str, message: Message, late: bool) -> Message | None:  # noqa: FBT001
         got: list[Message] = []
@@ -325,7 +410,7 @@ class ContractMachine(RuleBasedStateMachine):
 
         async with create_task_group() as tg:
             tg.start_soon(read)
-            await settle(self.layer, self.waiting() + 1)
+            await settle(self.layer, self.waiting() + 1, self.features)
             if late:
                 await self.layer.send(name, message)
                 reader.cancel()
@@ -338,6 +423,9 @@ class ContractMachine(RuleBasedStateMachine):
     def group_add(self, data: st.DataObject, group: str) -> None:
         """Join, or renew."""
         name = data.draw(st.sampled_from(list(self.channels)))
+        if not self.channels[name].kept:
+            self.call(listen, Subject(type(self).factory, self.features), self.layer, name)
+            self.channels[name].kept = True
         self.call(self.layer.group_add, group, name)
         members = self.groups[group]
         if members.get(name) != inf:
@@ -367,10 +455,14 @@ class ContractMachine(RuleBasedStateMachine):
         for name in self.groups[group]:
             channel = self.channels[name]
             if name not in exclude and not self.model_put(channel, number):
-                self.counts.sent += 1
-                self.counts.dropped_full += 1
-                channel.gap(len(channel.entries))
+                self.model_miss(channel)
         self.deliver()
+
+    def model_miss(self, channel: _Channel) -> None:
+        """The model of a message that finds ``channel`` full and is lost."""
+        self.counts.sent += 1
+        self.counts.dropped_full += 1
+        channel.gap(len(channel.entries))
 
     @rule(
         inbox=st.sampled_from(INBOXES),
@@ -433,7 +525,7 @@ class ContractMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def hog(self, data: st.DataObject) -> None:
         """A task that only sends and receives lets another run in time."""
-        idle = sorted(name for name in CAPACITIES if not (self.channels[name].readers or self.channels[name].entries))
+        idle = self.idle()
         if idle:
             name = data.draw(st.sampled_from(idle))
             calls, turns = self.call(self._hog, name)
@@ -466,17 +558,10 @@ class ContractMachine(RuleBasedStateMachine):
     @invariant()
     def statistics_add_up(self) -> None:
         """``statistics()`` says what the model says."""
-        seen = self.layer.statistics()
-        model = self.counts
-        held = {
-            "buffered_messages": sum(channel.messages() for channel in self.channels.values()),
-            "channels": sum(channel.owned or channel.messages() > 0 for channel in self.channels.values()),
-            "groups": sum(bool(members) for members in self.groups.values()),
-            "members": sum(len(members) for members in self.groups.values()),
-            "waiting_receivers": self.waiting(),
-        }
-        for name, expected in (held | vars(model)).items():
-            self.expect(f"Statistics: {name}", getattr(seen, name), expected)
+        self.call(until, lambda: self.seen() == self.modelled(), self.features)
+        seen = self.seen()
+        for name, expected in self.modelled().items():
+            self.expect(f"Statistics: {name}", seen[name], expected)
 
     @invariant()
     def members_are_known(self) -> None:
@@ -512,7 +597,10 @@ class ContractMachine(RuleBasedStateMachine):
 
 
 def contract_machine(
-    factory: LayerFactory, backend: str = "asyncio", backend_options: dict[str, Any] | None = None
+    factory: LayerFactory,
+    backend: str = "asyncio",
+    backend_options: dict[str, Any] | None = None,
+    features: Features | None = None,
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine for layers that ``factory`` makes, on ``backend`` with ``backend_options`` as anyio takes them.
 
@@ -527,5 +615,6 @@ def contract_machine(
     Machine.factory = staticmethod(factory)
     Machine.backend = backend
     Machine.backend_options = backend_options or {}
+    Machine.features = features or Features()
     Machine.__name__ = Machine.__qualname__ = f"ContractMachine[{getattr(factory, '__name__', factory)}, {backend}]"
     return Machine

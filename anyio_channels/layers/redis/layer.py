@@ -1,0 +1,376 @@
+"""What both Redis layers are: options, the life of an open layer, the event loop it belongs to, its books.
+
+Rules:
+- an open layer is one task in its task group, and all that it runs is below that task; ``close()`` ends it and waits for
+  its end, so nothing is left behind.
+- a layer belongs to the event loop that opened it, and says so to others.
+- while it is down, readers go on waiting. Calls fail within ``timeout`` seconds.
+- what must be done later (giving back, unsubscribing) is noted in ``_chores`` by whoever notices it, in plain functions,
+  and done by one task that sleeps until there is something.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import redis.exceptions
+from anyio import CancelScope, ClosedResourceError, Event, create_task_group, move_on_after, sleep
+from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
+
+from anyio_channels.layers.backend import thread
+from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics, require_seconds
+from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
+from anyio_channels.layers.local import Channel, Directory
+from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
+
+from .endpoint import Host
+from .link import Link
+from .topology import Topology
+
+__all__ = ["RedisLayer", "RedisLayerStatistics"]
+
+logger: Final = logging.getLogger("anyio_channels")
+
+
+@dataclass(frozen=True, slots=True)
+class RedisLayerStatistics(ChannelLayerStatistics):
+    """A snapshot of what this process does with a layer on Redis.
+
+    Everything is counted in this process: what others have sent and received, and what waits in Redis, is not in it. So a
+    message that was sent here and received elsewhere is in ``sent`` only.
+    """
+
+    connections: int
+    """Connections to Redis that are up."""
+    reconnects: int
+    """How often a connection was lost and came back."""
+    commands: int
+    """Commands sent to Redis, handshakes among them."""
+
+
+class RedisLayer(BaseChannelLayer):
+    """What both Redis layers share; not a layer by itself."""
+
+    prefix: str
+    group_expiry: float
+    timeout: float
+    connect_timeout: float
+    keep_alive: float
+
+    def __init__(
+        self,
+        hosts: Sequence[Host] | None,
+        prefix: str,
+        expiry: float,
+        group_expiry: float,
+        capacity: int,
+        channel_capacity: Mapping[str | re.Pattern[str], int] | None,
+        symmetric_encryption_keys: Sequence[str | bytes] | None,
+        serializer_format: SerializerFormat,
+        *,
+        random_prefix_length: int,
+        token_expiry: float | None,
+        max_message_size: int,
+        default: Callable[[Any], Any] | None,
+        timeout: float,
+        connect_timeout: float,
+        keep_alive: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """Check and keep the options; the layers document them."""
+        super().__init__(expiry, capacity, channel_capacity, max_message_size=max_message_size, default=default)
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a str, not {prefix!r}")
+        self.prefix = prefix
+        self.group_expiry = require_seconds("group_expiry", group_expiry)
+        self.timeout = require_seconds("timeout", timeout)
+        self.connect_timeout = require_seconds("connect_timeout", connect_timeout)
+        self.keep_alive = require_seconds("keep_alive", keep_alive)
+        if not callable(clock):
+            raise TypeError(f"clock must be a function that returns seconds, not {clock!r}")
+        self._codec = PayloadCodec(
+            self.max_message_size,
+            self.default,
+            serializer_format=serializer_format,
+            symmetric_encryption_keys=symmetric_encryption_keys,
+            random_prefix_length=random_prefix_length,
+            expiry=token_expiry,
+        )
+        self._topology = Topology(hosts)
+        self._clock = clock
+        self._is_open = False
+        self._was_closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        """Become blank, as at each opening."""
+        self._room = Mailroom(self._clock)
+        self._here = self._make_directory()
+        self._client = secrets.token_hex(16)
+        self._sent = 0
+        self._unreadable = 0
+        self._missed = 0
+        self._quiet: dict[str, float] = {}
+        self._links: list[Link] = []
+
+    def __repr__(self) -> str:
+        """Say which layer it is by its servers and options; no password among them."""
+        return (
+            f"<{type(self).__name__} {self._topology.name} prefix={self.prefix!r} expiry={self.expiry} "
+            f"capacity={self.capacity}>"
+        )
+
+    # What the two layers make of it
+
+    @abstractmethod
+    def _make_directory(self) -> Directory:
+        """Return the blank list of channels and groups."""
+
+    @abstractmethod
+    def _make_link(self) -> Link:
+        """Return the link for commands, not running."""
+
+    @abstractmethod
+    async def _run(self, tasks: TaskGroup) -> None:
+        """Start what else runs while the layer is open."""
+
+    @abstractmethod
+    async def _do_chores(self) -> None:
+        """Do what was noted; with the link up or down."""
+
+    @abstractmethod
+    async def _tick(self) -> None:
+        """Keep the connection alive and memberships fresh; errors of the connection are for the caller."""
+
+    @abstractmethod
+    def _begin_closing(self) -> None:
+        """Before the mailboxes are closed: note what is to be given back."""
+
+    @abstractmethod
+    async def _wind_up(self) -> None:
+        """Before closing: give back, while the connection is there."""
+
+    @property
+    @abstractmethod
+    def _tick_seconds(self) -> float:
+        """How often to tick."""
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """Connect; called by ``async with``.
+
+        Raises an error of the ``redis`` package that names the server and the cause, within ``connect_timeout`` seconds.
+        """
+        self._reset()
+        self._token = current_token().native_token
+        self._link = self._make_link()
+        self._links.append(self._link)
+        self._is_open = True
+        self._was_closed = False
+        self._scope = CancelScope()
+        self._stopped = Event()
+        self._chores_bell = Event()
+        self._tasks = create_task_group()
+        await self._tasks.__aenter__()
+        try:
+            self._tasks.start_soon(self._live)
+            await self._link.opened()
+        except BaseException:
+            self._is_open = False
+            with CancelScope(shield=True):
+                await self._stop()
+            await self._tasks.__aexit__(None, None, None)
+            raise
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer, also when cancelled."""
+        await super().__aexit__(exc_type, exc, traceback)
+        if self._tasks.cancel_scope.cancel_called:
+            # One of our tasks failed, which is a bug; the task group knows what to do with the cancellation it made.
+            await self._tasks.__aexit__(exc_type, exc, traceback)
+        else:
+            # Nothing runs there any more. The error of the block is not the task group's, which would wrap it.
+            await self._tasks.__aexit__(None, None, None)
+
+    async def close(self) -> None:
+        """Close the layer: end all waits, give back what was not received, close the connections.
+
+        Readers and senders that wait, and all later calls, get ``anyio.ClosedResourceError``. Takes up to ``timeout``
+        seconds when Redis does not answer. Closing twice does nothing. If cancelled, the layer is closed all the same, but
+        normal channels' messages that were on their way to a reader here may be lost.
+        """
+        await super().close()
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._was_closed = True
+        self._begin_closing()
+        rung: list[Waiter] = []
+        with self._room:
+            self._here.close(rung)
+        self._room.wake(rung)
+        try:
+            if self._link.connection is not None:
+                with move_on_after(self.timeout):
+                    await self._wind_up()
+        except redis.exceptions.RedisError as error:
+            logger.warning("%s; closed without telling it", error)
+        finally:
+            with CancelScope(shield=True):
+                await self._stop()
+
+    async def _stop(self) -> None:
+        self._scope.cancel()
+        await self._stopped.wait()
+
+    async def _live(self) -> None:
+        """All that runs while the layer is open."""
+        try:
+            with self._scope:
+                async with create_task_group() as tasks:
+                    tasks.start_soon(self._link.run)
+                    tasks.start_soon(self._tick_for_ever)
+                    tasks.start_soon(self._do_chores_for_ever)
+                    await self._run(tasks)
+        finally:
+            self._stopped.set()
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await sleep(self._tick_seconds)
+            self._sweep(float("inf"))
+            if self._link.connection is not None:
+                try:
+                    await self._tick()
+                except redis.exceptions.RedisError as error:
+                    logger.debug("%s: keep-alive failed: %s", self._link.name, error)
+
+    async def _do_chores_for_ever(self) -> None:
+        while True:
+            await self._chores_bell.wait()
+            self._chores_bell = Event()
+            await self._do_chores()
+
+    def _note_chore(self) -> None:
+        """Something was noted for ``_do_chores``; callable anywhere in the event loop, also under the lock."""
+        self._chores_bell.set()
+
+    def _require_open(self) -> None:
+        """Raise unless the layer is open, and open in this event loop."""
+        if not self._is_open:
+            if self._was_closed:
+                raise ClosedResourceError(f"{self!r} is closed; open it again with 'async with layer:'")
+            raise RuntimeError(f"{self!r} is not open; write 'async with layer:' in the lifespan of the application")
+        if thread.state.running_loop() is not self._token:
+            raise RuntimeError(
+                f"{self!r} was opened in another event loop; a layer on Redis serves the event loop that opened it, "
+                "so make one for each"
+            )
+
+    # Parts of the API that are alike
+
+    def _sweep(self, limit: float = 8) -> None:
+        """Drop some of what has expired in this process."""
+        rung: list[Waiter] = []
+        with self._room:
+            self._room.index.sweep(self._clock(), rung, limit)
+        self._room.wake(rung)
+
+    def _open_inbox(self, name: str, capacity: int | None, overflow: Any, on_gap: Any) -> None:
+        with self._room:
+            self._here.open_inbox(name, capacity, overflow, on_gap)
+
+    def _new_name(self, prefix: str) -> str:
+        return f"{prefix}{self._client}!{secrets.token_hex(12)}"
+
+    def _channel(self, name: str) -> Channel:
+        """Find or make the mailbox of a valid name."""
+        with self._room:
+            return self._here.channels.get(name) or self._here.add(name)
+
+    def _take_nowait(self, source: Channel) -> Any:
+        rung: list[Waiter] = []
+        with self._room:
+            item = source.take_nowait(rung)
+        self._room.wake(rung)
+        return item
+
+    async def _take(self, source: Channel) -> Any:
+        """Take the next item or gap, in turn; waits for one."""
+        await self._check_in(1 if source.entries else 0)
+        item = self._take_nowait(source)
+        return await source.take() if item is None else item
+
+    def _arrive(self, channel: Channel, item: Any, expires_at: float, now: float, rung: list[Waiter]) -> bool:
+        """Put what came from Redis into its mailbox; under the lock. ``False``: the mailbox is full, the item dropped."""
+        if expires_at <= now:
+            self._room.books.sent += 1
+            self._room.books.expired += 1
+            return True
+        if channel.put((expires_at, item), now, rung):
+            return True
+        channel.miss(rung)
+        return False
+
+    def _log_once(self, about: str, text: str, *args: object) -> None:
+        """Log a warning, at most once in ``expiry`` seconds about the same thing."""
+        now = self._clock()
+        if self._quiet.get(about, now) <= now:
+            if len(self._quiet) > _MOST_QUIET:
+                self._quiet = {name: until for name, until in self._quiet.items() if until > now}
+            self._quiet[about] = now + self.expiry
+            logger.warning(f"{text}; in the next %s s more such are only counted", *args, self.expiry)  # noqa: G004 - a format
+
+    def _drop_unreadable(self, where: str, why: object) -> None:
+        """Count and log what is no message of ours."""
+        self._unreadable += 1
+        self._log_once(f"unreadable {where}", "skipped what is no message of ours on %r: %s", where, why)
+
+    def _log_dropped(self, name: str) -> None:
+        self._log_once(f"full {name}", "channel %r was full and missed a message", name)
+
+    def _mark_outage(self) -> None:
+        """Every inbox that wants to know is told that it may have missed something."""
+        rung: list[Waiter] = []
+        with self._room:
+            for channel in self._here.channels.values():
+                channel.mark_outage(rung)
+        self._room.wake(rung)
+
+    def _statistics(self, sent: int, expired_elsewhere: int = 0) -> RedisLayerStatistics:
+        rung: list[Waiter] = []
+        with self._room:
+            self._room.index.sweep(self._clock(), rung, float("inf"))
+            books: Books = self._room.books
+            snapshot = RedisLayerStatistics(
+                channels=books.occupied + self._here.inboxes,
+                buffered_messages=books.buffered,
+                groups=len(self._here.groups),
+                members=self._here.members,
+                waiting_receivers=books.waiting_receivers,
+                sent=sent,
+                received=books.received,
+                expired=books.expired + expired_elsewhere,
+                dropped_full=books.dropped_full + self._missed,
+                dropped_unreadable=self._unreadable,
+                discarded=books.discarded,
+                connections=sum(link.connection is not None for link in self._links),
+                reconnects=sum(max(0, link.connects - 1) for link in self._links),
+                commands=sum(link.commands for link in self._links),
+            )
+        self._room.wake(rung)
+        return snapshot
+
+
+_MOST_QUIET: Final = 1000

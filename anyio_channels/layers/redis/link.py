@@ -1,0 +1,268 @@
+"""A connection that comes back: connect, shake hands, restore, serve, and again.
+
+Rules:
+- ``run()`` goes on until it is cancelled. After each failure it waits with exponential backoff and jitter, which success
+  sets back; the first connection is no exception.
+- a connection is handed out only when what its owner wants restored (subscriptions) is restored.
+- a call during an outage waits for the connection at most ``timeout`` seconds in all, then fails with the cause.
+- refusals that waiting does not cure (password, certificate, permission) are told at once to whoever opens the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from typing import Any, Final
+
+import redis.exceptions
+from anyio import Event, create_task_group, fail_after, move_on_after, sleep
+from redis.backoff import ExponentialWithJitterBackoff
+
+from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
+from .endpoint import Endpoint
+
+__all__ = ["Link", "Script"]
+
+_logger: Final = logging.getLogger("anyio_channels")
+_BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
+_MOST_FAILURES: Final = 16
+"""The backoff doubles no further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and its digest."""
+
+    text: str
+    digest: str
+
+    @classmethod
+    def of(cls, text: str) -> Script:
+        """Return the script for ``text``."""
+        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class Link:
+    """The way to one server, up or down."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        timeout: float,
+        connect_timeout: float,
+        command_timeout: float | None = None,
+        restore: Callable[[Connection], Awaitable[None]] | None = None,
+        on_up: Callable[[], object] | None = None,
+        on_down: Callable[[], object] | None = None,
+        on_push: Callable[[list[Any]], object] | None = None,
+    ) -> None:
+        """``timeout``: seconds that a call may take; ``connect_timeout``: that connecting and restoring may take.
+
+        ``command_timeout``: seconds without an answer after which the connection is given up, if not ``timeout``.
+        ``restore`` is awaited with each new connection before it is handed out; the others are called, and must not wait.
+        """
+        self.endpoint: Endpoint = endpoint
+        self.timeout: float = endpoint.timeout or timeout
+        self.connect_timeout: float = endpoint.connect_timeout or connect_timeout
+        self._command_timeout = self.timeout if command_timeout is None else command_timeout
+        self._restore = restore
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_push = on_push
+        self.connection: Connection | None = None
+        """The connection, while it is up."""
+        self.connects: int = 0
+        """How often it came up."""
+        self.error: Exception | None = None
+        """Why it is not up."""
+        self.clock_offset: float = 0.0
+        """What to add to ``time.monotonic()`` to have the server's time, in seconds."""
+        self._news = Event()
+        self._refused = False
+        self._past_commands = 0
+
+    @property
+    def name(self) -> str:
+        """How errors call the server."""
+        return self.endpoint.name
+
+    @property
+    def server_time(self) -> float:
+        """The server's time, in seconds since 1970, as well as it is known."""
+        return time.monotonic() + self.clock_offset
+
+    @property
+    def commands(self) -> int:
+        """How many commands were sent, the handshakes among them."""
+        return self._past_commands + (0 if self.connection is None else self.connection.commands)
+
+    async def run(self) -> None:
+        """Keep the connection up until cancelled."""
+        failures = 0
+        while True:
+            try:
+                with fail_after(self.connect_timeout):
+                    stream = await self.endpoint.connect()
+            except (OSError, redis.exceptions.RedisError) as error:
+                self._fail(error)
+            else:
+                connection = Connection(stream, self.name, timeout=self._command_timeout, on_push=self._on_push)
+                if await self._serve(connection):
+                    failures = 0
+            failures = min(failures + 1, _MOST_FAILURES)
+            await sleep(_BACKOFF.compute(failures))
+
+    async def _serve(self, connection: Connection) -> bool:
+        """Serve ``connection`` until it ends; return whether it ever came up."""
+        came_up = False
+        async with create_task_group() as tasks:
+            tasks.start_soon(connection.run)
+            try:
+                with fail_after(self.connect_timeout):
+                    before = time.monotonic()
+                    server_time = await self.endpoint.shake_hands(connection)
+                    self.set_clock(server_time, before)
+                    if self._restore is not None:
+                        await self._restore(connection)
+            except (OSError, redis.exceptions.RedisError) as error:
+                self._fail(error)
+            else:
+                came_up = True
+                self._up(connection)
+                try:
+                    await connection.wait_ended()
+                    self._lose(connection)
+                finally:
+                    self.connection = None
+                    self._past_commands += connection.commands
+            finally:
+                tasks.cancel_scope.cancel()
+        return came_up
+
+    # Calls
+
+    async def ready(self) -> Connection:
+        """Wait for the connection to be up, for as long as the caller allows."""
+        while self.connection is None:
+            await self._news.wait()
+        return self.connection
+
+    async def opened(self) -> None:
+        """Wait for the first connection, at most ``connect_timeout`` seconds.
+
+        Raises an error of the ``redis`` package that names the server and the cause, at once where waiting would not help.
+        """
+        with move_on_after(self.connect_timeout):
+            while self.connection is None and not self._refused:
+                await self._news.wait()
+        if self.connection is None:
+            raise self._down_error()
+
+    async def execute(self, *command: Argument) -> Any:
+        """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
+
+        Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
+        the command was not sent, or it may run and its reply is swallowed.
+        """
+        if self.connection is not None:
+            return await self.connection.execute(*command)
+        connection: Connection | None = None
+        with move_on_after(self.timeout):
+            connection = await self.ready()
+            return await connection.execute(*command)
+        if connection is None:
+            raise self._down_error()
+        raise ConnectionTimeout(f"{self.name} did not answer in time", may_have_run=True)
+
+    async def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
+        """Run ``script`` on ``keys`` and return what it returns; it is sent whole if the server does not have it.
+
+        Raises what ``execute`` raises, and leaves behind what ``execute`` does.
+        """
+        try:
+            return await self.execute("EVALSHA", script.digest, len(keys), *keys, *args)
+        except redis.exceptions.NoScriptError:
+            return await self.execute("EVAL", script.text, len(keys), *keys, *args)
+
+    def call_soon(
+        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
+    ) -> None:
+        """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request.
+
+        Only while the connection is up.
+        """
+        connection = self.connection
+        if connection is None:
+            raise RuntimeError("call_soon() needs a connection")
+
+        def again(request: Request) -> None:
+            if isinstance(request.error, redis.exceptions.NoScriptError):
+                connection.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
+            else:
+                done(request)
+
+        connection.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
+
+    def set_clock(self, server_time: float, asked_at: float) -> None:
+        """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
+        self.clock_offset = server_time - (asked_at + time.monotonic()) / 2
+
+    # The inside
+
+    def _up(self, connection: Connection) -> None:
+        if self.error is not None and self.connects:
+            _logger.info("%s: connected again", self.name)
+        self.connection = connection
+        self.connects += 1
+        self.error = None
+        self._refused = False
+        if self._on_up is not None:
+            self._on_up()
+        self._tell()
+
+    def _lose(self, connection: Connection) -> None:
+        self.connection = None
+        self.error = connection.lost(may_have_run=False)
+        _logger.warning("%s; trying again", self.error.args[0].rpartition(";")[0])
+        if self._on_down is not None:
+            self._on_down()
+
+    def _fail(self, error: Exception) -> None:
+        """It did not come up."""
+        if self.error is None:
+            _logger.warning("%s cannot be reached: %s; trying again", self.name, _said(error))
+        self.error = error
+        self._refused = isinstance(error, ssl.SSLError) or (
+            isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
+            and not isinstance(error, redis.exceptions.BusyLoadingError)
+        )
+        if self._refused:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = Event()
+
+    def _down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
+        error = self.error
+        if isinstance(error, redis.exceptions.AuthenticationError):
+            return redis.exceptions.AuthenticationError(_said(error))
+        if isinstance(error, redis.exceptions.ResponseError):
+            return type(error)(_said(error))
+        kind = ConnectionTimeout if isinstance(error, TimeoutError) or error is None else ConnectionLost
+        lost = kind(f"{self.name} cannot be reached: {_said(error)}", may_have_run=False)
+        lost.__cause__ = error
+        return lost
+
+
+def _said(error: BaseException | None) -> str:
+    if error is None or (isinstance(error, TimeoutError) and not str(error)):
+        return "it did not answer in time"
+    if isinstance(error, ConnectionLost):
+        return str(error.args[0]).rpartition(";")[0]
+    return str(error) or repr(error)

@@ -1,0 +1,476 @@
+"""The queue layer: messages wait in Redis, in the bytes of channels_redis 4.3.
+
+Rules:
+- what must happen at once in Redis is one script; a broadcast is two calls: who the members are, and the messages.
+- an open inbox's memberships are renewed here, and joined again whenever the connection is new or Redis was emptied.
+- a sender who waits for room leaves a marker in Redis; whoever pops then says so. Of the senders to one channel in this
+  process one asks at a time, the others wait behind it in turn.
+- how messages come out of Redis is in ``intake``.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
+
+import redis.exceptions
+from anyio import ClosedResourceError, Event, Lock, move_on_after
+
+from anyio_channels.exceptions import ChannelFull
+from anyio_channels.layers.base import Message, OnGap, Overflow, require_count
+from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
+from anyio_channels.layers.mailbox import Gap, Waiter
+
+from .connection import Connection, ConnectionLost, Request
+from .endpoint import Host
+from .intake import Failure, Popped, QueueIntake
+from .layer import RedisLayerStatistics, logger
+from .link import Link, Script
+from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
+
+__all__ = ["RedisChannelLayer"]
+
+_AT_ONCE: Final = 500
+"""How many keys or members one command names, where it may be more."""
+_RECHECK: Final = 1.0
+"""Seconds after which a sender looks for room that nobody announced: channels_redis does not."""
+_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|prefix$)")
+
+
+class _Room:
+    """Those who wait for room in one channel: one asks, the others wait behind it."""
+
+    __slots__ = ("bell", "lock", "users")
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.bell = Event()
+        self.users = 0
+
+
+class RedisChannelLayer(QueueIntake):
+    """A channel layer whose messages wait in Redis, for any number of processes; channels_redis' bytes.
+
+    To be opened by ``async with layer:`` and used in the event loop that opened it. It holds at most two connections to its
+    server: one for commands, and one for the blocking pop as soon as something is to be received.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[Host] | None = None,
+        prefix: str = "asgi",
+        expiry: float = 60,
+        group_expiry: float = 86400,
+        capacity: int = 100,
+        channel_capacity: Mapping[str | re.Pattern[str], int] | None = None,
+        symmetric_encryption_keys: Sequence[str | bytes] | None = None,
+        random_prefix_length: int = 12,
+        serializer_format: SerializerFormat = "msgpack",
+        *,
+        max_message_size: int = 4 * 1024 * 1024,
+        default: Callable[[Any], Any] | None = None,
+        timeout: float = 5.0,
+        connect_timeout: float = 5.0,
+        keep_alive: float = 15.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the options of ``BaseChannelLayer``, those of channels_redis, and some more.
+
+        ``hosts``: a list with one server: a URL (``redis://user:password@host:6379/0``, ``rediss://``, ``unix://``), a
+        ``(host, port)`` pair, or a ``dict`` of the ``redis`` package's options. ``prefix``: of all keys. ``group_expiry``:
+        seconds after which a membership ends that nobody renews; open inboxes renew theirs. ``symmetric_encryption_keys``: the
+        first encrypts, all decrypt. ``random_prefix_length``: bytes that make each entry unique. ``serializer_format``:
+        ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or fails. ``connect_timeout``: seconds in
+        which a connection is made. ``keep_alive``: seconds between signs of life on an idle connection; one that is dead is
+        noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this process, in seconds.
+
+        Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
+        """
+        require_count("random_prefix_length", random_prefix_length)
+        self._keys_expire = expiry
+        super().__init__(
+            hosts,
+            prefix,
+            expiry,
+            group_expiry,
+            capacity,
+            channel_capacity,
+            symmetric_encryption_keys,
+            serializer_format,
+            random_prefix_length=random_prefix_length,
+            token_expiry=expiry,
+            max_message_size=max_message_size,
+            default=default,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            keep_alive=keep_alive,
+            clock=clock,
+        )
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._rooms: dict[str, _Room] = {}
+        self._renewed_at = time.monotonic()
+
+    def _make_link(self) -> Link:
+        return Link(
+            self._topology.owner(""),
+            timeout=self.timeout,
+            connect_timeout=self.connect_timeout,
+            restore=self._restore,
+            on_up=self._up,
+            on_push=self._pushed,
+        )
+
+    # Messages
+
+    async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+        """Send ``message`` to ``channel``, as ``BaseChannelLayer.send`` says.
+
+        The capacity of a process-specific channel is shared, in Redis, by all channels of its process; they are emptied by that
+        process as messages come. Raises ``redis.ConnectionError``, saying whether the message may have been sent, when Redis
+        does not answer within ``timeout`` seconds.
+
+        If cancelled, the message was sent or was not.
+        """
+        self.require_valid_channel_name(channel)
+        body = self._codec.encode(message)
+        await self._check_in()
+        self._require_open()
+        if "!" in channel:
+            body = self._codec.address(body, RESERVED_KEY, channel)
+        key = self.channel_key(channel)
+        entry = self._codec.seal(body)
+        capacity = self.get_capacity(channel)
+        if wait:
+            await self._send_when_room(key, entry, capacity)
+        else:
+            reply: int = await self._call(SEND, [key], entry, capacity, self.expiry)
+            self._expired_there += reply if reply >= 0 else -1 - reply
+            if reply < 0:
+                raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
+        self._sent += 1
+
+    async def receive(self, channel: str) -> Message:
+        """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says.
+
+        Goes on waiting while Redis is away. Raises ``redis.ResponseError`` when Redis refuses to hand out this channel.
+
+        A process-specific channel is to be received by one process only, usually that which made it.
+        """
+        self.require_valid_channel_name(channel)
+        self._require_open()
+        while True:
+            source = self._channel(channel)
+            if "!" in channel:
+                self._own_key(channel)
+            try:
+                item = await self._take(source)
+            except ClosedResourceError:
+                if not source.dropped:
+                    raise
+                # An idle channel was dropped from the list between finding it and waiting at it.
+                continue
+            match item:
+                case Popped():
+                    return item.message
+                case bytes():
+                    return self._codec.decode_body(item)
+                case Gap():
+                    return source.gap_message(item)
+                case Failure():
+                    self._forget_failure()
+                    raise item.error
+            message: Message = item
+            return message
+
+    async def new_channel(self, prefix: str = "specific.") -> str:
+        """Return a process-specific channel name that nobody has, starting with ``prefix``."""
+        self._require_valid_prefix(prefix)
+        await self._check_in()
+        self._require_open()
+        name = self._new_name(prefix)
+        self._own_key(name)
+        return name
+
+    async def flush(self) -> None:
+        """Throw away all messages and memberships of this ``prefix``, as ``BaseChannelLayer.flush`` says.
+
+        Keys of a longer prefix stay, if a layer of that prefix is or was open (channels_redis: if it has a group). Takes time in
+        proportion to all keys in the database. If cancelled, some may be thrown away and others not.
+        """
+        await self._check_in()
+        self._require_open()
+        self._clear()
+        found: set[bytes] = set()
+        cursor: Any = 0
+        while True:
+            cursor, keys = await self._execute("SCAN", cursor, "MATCH", _glob_escaped(self.prefix) + "*", "COUNT", 1000)
+            found.update(keys)
+            if int(cursor) == 0:
+                break
+        doomed = _keys_of(self.prefix.encode(), found)
+        for start in range(0, len(doomed), _AT_ONCE):
+            await self._execute("UNLINK", *doomed[start : start + _AT_ONCE])
+        with move_on_after(self.timeout):
+            await self._until_pop_ends()  # what was popped before may be on its way
+        self._clear()
+
+    def _clear(self) -> None:
+        rung: list[Waiter] = []
+        with self._room:
+            self._here.clear(rung)
+        self._room.wake(rung)
+
+    # Groups
+
+    async def group_add(self, group: str, channel: str) -> None:
+        """Make ``channel`` a member of ``group``, as ``BaseChannelLayer.group_add`` says."""
+        self.require_valid_group_name(group)
+        self.require_valid_channel_name(channel)
+        await self._check_in()
+        self._require_open()
+        await self._call(GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
+        if self._is_own(channel):
+            self._join_here(group, channel, self.group_expiry)
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        """End the membership of ``channel`` in ``group``, as ``BaseChannelLayer.group_discard`` says."""
+        self.require_valid_group_name(group)
+        self.require_valid_channel_name(channel)
+        await self._check_in()
+        self._require_open()
+        with self._room:
+            self._here.leave(group, channel)
+        await self._execute("ZREM", self.group_key(group), channel)
+
+    async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        """Send ``message`` to every member of ``group``, as ``BaseChannelLayer.group_send`` says.
+
+        If cancelled, all were sent it or none.
+        """
+        self.require_valid_group_name(group)
+        excluded = self._require_valid_exclude(exclude)
+        body = self._codec.encode(message)
+        await self._check_in()
+        self._require_open()
+        self._sweep()
+        members: dict[str, list[str]] = {}
+        for name in await self._members(group):
+            if name not in excluded:
+                members.setdefault(self.channel_key(name), []).append(name)
+        if not members:
+            return
+        arguments: list[Any] = []
+        for names in members.values():
+            arguments += (
+                self.get_capacity(names[0]),
+                self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
+            )
+        expired, *full = await self._call(GROUP_SEND, list(members), self.expiry, *arguments)
+        self._expired_there += expired
+        self._sent += sum(map(len, members.values()))
+        if full:
+            lists = list(members.values())
+            missed = sum(len(lists[number - 1]) for number in full)
+            self._missed += missed
+            self._log_once(
+                f"group {group}", "group %r: %d of its members were full and missed a message", group, missed
+            )
+
+    async def group_channels(self, group: str) -> set[str]:
+        """Return the members of ``group`` as they are now, in whatever process."""
+        self.require_valid_group_name(group)
+        await self._check_in()
+        self._require_open()
+        self._sweep()
+        return set(await self._members(group))
+
+    async def _members(self, group: str) -> list[str]:
+        names: list[str] = []
+        for raw in await self._call(GROUP_MEMBERS, [self.group_key(group)], self.group_expiry):
+            name = raw.decode("utf-8", "replace")
+            if self.match_type_and_length(name) and self.channel_name_regex.fullmatch(name):
+                names.append(name)
+            else:
+                self._drop_unreadable(self.group_key(group), f"{raw!r} is no channel name")
+        return names
+
+    def statistics(self) -> RedisLayerStatistics:
+        """Return a snapshot of what this process does with the layer.
+
+        ``groups`` and ``members`` are those of its own process-specific channels; ``buffered_messages`` those that wait in this
+        process; ``expired`` counts those too that a call of this process found expired in Redis.
+        """
+        return self._statistics(self._sent, self._expired_there)
+
+    # Inboxes
+
+    async def inbox_open(self, prefix: str, capacity: int | None, overflow: Overflow, on_gap: OnGap) -> str:
+        """Make the channel of an inbox."""
+        await self._check_in()
+        self._require_open()
+        name = self._new_name(prefix)
+        self._own_key(name)
+        self._open_inbox(name, capacity, overflow, on_gap)
+        return name
+
+    async def inbox_close(self, channel: str, groups: Collection[str]) -> None:
+        """Leave all groups and forget the channel at once; Redis is told without waiting, also if it is away now."""
+        self._require_open()
+        rung: list[Waiter] = []
+        with self._room:
+            self._here.close_inbox(channel, rung)
+        self._room.wake(rung)
+        self.leave_soon([(group, channel) for group in groups])
+
+    async def inbox_join(self, channel: str, group: str) -> None:
+        """Make the inbox a member of ``group`` until it leaves; it is renewed, and joined again after an outage."""
+        await self._check_in()
+        self._require_open()
+        try:
+            await self._call(GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
+        except BaseException:
+            self.leave_soon([(group, channel)])
+            raise
+        self._join_here(group, channel, None)
+
+    def _join_here(self, group: str, channel: str, expiry: float | None) -> None:
+        with self._room:
+            if self._is_open:
+                member = self._here.channels.get(channel) or self._here.add(channel)
+                self._here.join(group, member, None if expiry is None else self._clock() + expiry)
+
+    # Calls
+
+    async def _call(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+        try:
+            return await self._link.call(script, keys, *args)
+        except ConnectionLost as error:
+            self._raise_closed(error)
+            raise
+
+    async def _execute(self, *command: Any) -> Any:
+        try:
+            return await self._link.execute(*command)
+        except ConnectionLost as error:
+            self._raise_closed(error)
+            raise
+
+    def _raise_closed(self, error: ConnectionLost) -> None:
+        if not self._is_open:
+            raise ClosedResourceError(f"{self!r} was closed") from error
+
+    # Sending when there is room
+
+    async def _send_when_room(self, key: str, entry: bytes, capacity: int) -> None:
+        room = self._rooms.get(key)
+        if room is None:
+            room = self._rooms[key] = _Room()
+        marker = self._room_key(key)
+        room.users += 1
+        try:
+            async with room.lock:
+                listening_to: Connection | None = None
+                while True:
+                    self._require_open()
+                    room.bell = Event()
+                    expired, wait = await self._call(SEND_WAITING, [key, marker], entry, capacity, self.expiry)
+                    self._expired_there += expired
+                    if wait < 0:
+                        return
+                    if listening_to is not self._link.connection:
+                        listening_to = self._link.connection
+                        await self._execute("SUBSCRIBE", marker)
+                        continue  # room may have been made meanwhile
+                    with move_on_after(min(wait / 1000, _RECHECK)):
+                        await room.bell.wait()
+        finally:
+            room.users -= 1
+            if not room.users:
+                del self._rooms[key]
+                if self._link.connection is not None:
+                    self._link.connection.submit("UNSUBSCRIBE", marker)
+
+    def _pushed(self, push: list[Any]) -> None:
+        """Somebody made room."""
+        if push[0] == b"message":
+            start = f"{self.prefix}:room:{{".encode()
+            room = self._rooms.get(push[1][len(start) : -1].decode("utf-8", "replace"))
+            if room is not None:
+                room.bell.set()
+
+    # The life of an open layer
+
+    async def _restore(self, connection: Connection) -> None:
+        """Whoever waits for room hears of it again."""
+        if self._rooms:
+            await connection.execute("SUBSCRIBE", *map(self._room_key, self._rooms))
+
+    def _up(self) -> None:
+        """The connection for commands is up: say what this process holds."""
+        if self._link.connects > 1:
+            self._mark_outage()
+        self._leave_now()
+        self._rejoin()
+        self._give_back_late()
+        for room in self._rooms.values():
+            room.bell.set()
+        self._waking = False
+        if self._popping:
+            self._wake()
+        self._note_chore()
+
+    def _rejoin(self) -> None:
+        """Join all groups of open inboxes, again or to renew."""
+        self._renewed_at = time.monotonic()
+        for group in tuple(self._here.groups.values()):
+            names = [name for name in group.members if name not in group.expiries]
+            for start in range(0, len(names), _AT_ONCE):
+                self._link.call_soon(
+                    GROUP_ADD,
+                    [self.group_key(group.name)],
+                    self.group_expiry,
+                    *names[start : start + _AT_ONCE],
+                    done=_log_refusal,
+                )
+
+    @property
+    def _tick_seconds(self) -> float:
+        return min(self.keep_alive, self.group_expiry / 3)
+
+    async def _tick(self) -> None:
+        before = time.monotonic()
+        there, now = await self._link.call(TICK, [f"{self.prefix}:prefix"], 2 * max(self.group_expiry, self.expiry))
+        self._link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
+        self._popper.clock_offset = self._link.clock_offset
+        if not there or before - self._renewed_at >= self.group_expiry / 3:
+            self._rejoin()  # Redis was emptied, or it is time
+
+    def _begin_closing(self) -> None:
+        super()._begin_closing()
+        for room in self._rooms.values():
+            room.bell.set()
+
+
+def _log_refusal(request: Request) -> None:
+    if isinstance(request.error, redis.exceptions.ResponseError):
+        logger.warning("%s; a membership could not be renewed", request.error)
+
+
+def _glob_escaped(text: str) -> str:
+    return re.sub(r"([*?\[\]\\^])", r"\\\1", text)
+
+
+def _keys_of(prefix: bytes, found: set[bytes]) -> list[bytes]:
+    """Return the keys that belong to ``prefix`` and to no longer one that shows itself among them."""
+    others = {prefix + match[1] for key in found if (match := _OTHER_PREFIX.match(key[len(prefix) :]))}
+    doomed: list[bytes] = []
+    for key in found:
+        rest = key[len(prefix) :]
+        ours = rest.startswith(b":group:") or b":" not in rest
+        if ours and not any(key.startswith(other) for other in others):
+            doomed.append(key)
+    return doomed

@@ -1,0 +1,130 @@
+"""The Lua scripts of the queue layer, one for each thing that must happen at once.
+
+Rules:
+- every script declares its keys: managed and serverless Redis refuse others, and a cluster routes by them.
+- the time is the server's.
+- a channel's key is a sorted set of entries by the time they were sent; a group's, of channel names by the time they joined.
+- two entries of a channel never have the same score: Redis would order them by their bytes, which begin at random. A client
+  whose clock runs ahead (channels_redis takes its own) drags the scores along, but by no more than a second.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .link import Script
+
+__all__ = ["GIVE_BACK", "GROUP_ADD", "GROUP_MEMBERS", "GROUP_SEND", "POP", "SEND", "SEND_WAITING", "TICK"]
+
+_NOW: Final = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+"""
+
+_ADD: Final = """
+local function add(key, entry, expiry)
+  local last = tonumber(redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2])
+  local score = now
+  if last and last >= now and last < now + 1 then score = last + 0.000001 end
+  redis.call('ZADD', key, score, entry)
+  redis.call('PEXPIRE', key, math.ceil(expiry * 1000))
+end
+"""
+
+SEND: Final = Script.of(
+    # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
+    # Returns how many messages had expired; if the channel is full, -1 minus that.
+    _NOW
+    + _ADD
+    + """
+local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return -1 - expired end
+add(KEYS[1], ARGV[1], ARGV[3])
+return expired
+"""
+)
+
+SEND_WAITING: Final = Script.of(
+    # KEYS: channel, its room marker. ARGV: entry, capacity, expiry (seconds).
+    # Returns how many messages had expired, and -1 when sent; if the channel is full, milliseconds until its oldest message
+    # expires, and pops will tell.
+    _NOW
+    + _ADD
+    + """
+local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
+if redis.call('ZCARD', KEYS[1]) < tonumber(ARGV[2]) then
+  add(KEYS[1], ARGV[1], ARGV[3])
+  return {expired, -1}
+end
+redis.call('SET', KEYS[2], 1, 'PX', math.ceil(ARGV[3] * 1000) + 10000)
+local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
+return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
+"""
+)
+
+POP: Final = Script.of(
+    # KEYS: channel, its room marker. ARGV: how many, expiry (seconds).
+    # Returns how many messages had expired, the time, and entry, score, entry, score, ... Tells senders who wait for room.
+    _NOW
+    + """
+local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
+local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
+if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') end
+return {expired, string.format('%.6f', now), popped}
+"""
+)
+
+GIVE_BACK: Final = Script.of(
+    # KEYS: channel. ARGV: expiry (seconds), then score, entry, score, entry, ...
+    """
+for i = 2, #ARGV, 2 do redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
+redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
+"""
+)
+
+GROUP_ADD: Final = Script.of(
+    # KEYS: group. ARGV: group_expiry (seconds), then channel names.
+    _NOW
+    + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[i]) end
+redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
+"""
+)
+
+GROUP_MEMBERS: Final = Script.of(
+    # KEYS: group. ARGV: group_expiry (seconds). Returns the channel names.
+    _NOW
+    + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
+return redis.call('ZRANGE', KEYS[1], 0, -1)
+"""
+)
+
+GROUP_SEND: Final = Script.of(
+    # KEYS: channels. ARGV: expiry (seconds), then for each key its capacity and its entry.
+    # Returns how many messages had expired, and the numbers of the keys that were full.
+    _NOW
+    + _ADD
+    + """
+local result = {0}
+for i = 1, #KEYS do
+  result[1] = result[1] + redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now - ARGV[1])
+  if redis.call('ZCARD', KEYS[i]) < tonumber(ARGV[2 * i]) then
+    add(KEYS[i], ARGV[2 * i + 1], ARGV[1])
+  else
+    result[#result + 1] = i
+  end
+end
+return result
+"""
+)
+
+TICK: Final = Script.of(
+    # KEYS: the prefix marker. ARGV: its life (seconds). Returns whether it was there, and the time.
+    """
+local there = redis.call('EXISTS', KEYS[1])
+redis.call('SET', KEYS[1], 1, 'PX', math.ceil(ARGV[1] * 1000))
+return {there, redis.call('TIME')}
+"""
+)

@@ -1,0 +1,817 @@
+"""One connection to a Redis server, played by a script: replies, pushes, cancellation, time-outs and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hiredis
+import pytest
+import redis.exceptions
+from anyio import BrokenResourceError, CancelScope, ClosedResourceError, EndOfStream, create_task_group, sleep
+from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripted_stream import NAME, ScriptedStream, serving, settle
+
+from anyio_channels.layers.redis.connection import Connection, ConnectionLost, ConnectionTimeout, Request, to_error
+
+pytestmark = pytest.mark.anyio
+
+# What anyio gives each test is a backend, which is the same for all examples of one test.
+each_example_has_a_loop = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend",
+    [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
+    ids=["asyncio", "uvloop"],
+)
+
+KINDS = {
+    "simple string": (b"+OK\r\n", b"OK"),
+    "integer": (b":-42\r\n", -42),
+    "bulk": (b"$8\r\n+a\r\n-b\r\n\r\n", b"+a\r\n-b\r\n"),
+    "empty bulk": (b"$0\r\n\r\n", b""),
+    "null": (b"_\r\n", None),
+    "null bulk": (b"$-1\r\n", None),
+    "null array": (b"*-1\r\n", None),
+    "double": (b",1.5\r\n", 1.5),
+    "infinity": (b",-inf\r\n", float("-inf")),
+    "not a number": (b",nan\r\n", float("nan")),
+    "true": (b"#t\r\n", True),
+    "false": (b"#f\r\n", False),
+    "big number": (b"(3492890328409238509324850943850943825024385\r\n", b"3492890328409238509324850943850943825024385"),
+    "verbatim": (b"=7\r\ntxt:abc\r\n", b"abc"),
+    "array": (b"*2\r\n:1\r\n$1\r\nx\r\n", [1, b"x"]),
+    "empty array": (b"*0\r\n", []),
+    "map": (b"%2\r\n+a\r\n:1\r\n:2\r\n_\r\n", {b"a": 1, 2: None}),
+    "set": (b"~2\r\n:1\r\n:2\r\n", [1, 2]),
+    "nested": (b"*2\r\n%1\r\n+k\r\n*1\r\n~1\r\n:7\r\n*1\r\n*0\r\n", [{b"k": [[7]]}, [[]]]),
+    "error in an array": (b"*1\r\n-ERR in it\r\n", [hiredis.ReplyError("ERR in it")]),
+}
+ENDS: list[tuple[bytes | Exception, str]] = [
+    (b"HTTP/1.1 400 Bad Request\r\n", "what the server sent is no RESP3: .*'H'|\"H\""),
+    (b"\r\n", "what the server sent is no RESP3"),
+    (b":12a\r\n", "what the server sent is no RESP3"),
+    (b"%1\r\n*0\r\n:1\r\n", "what the server sent is no RESP3: unhashable"),
+    (b"*1\r\n" * 5000, "what the server sent is no RESP3"),
+    (EndOfStream(), "the server closed it"),
+    (ClosedResourceError(), "it broke: ClosedResourceError"),
+    (ConnectionResetError("reset"), "it broke: ConnectionResetError.'reset'"),
+    (ssl.SSLError(1, "bad record mac"), "it broke: SSLError.1, 'bad record mac'"),
+]
+
+
+def broken(cause: BaseException) -> BrokenResourceError:
+    """As anyio raises it."""
+    error = BrokenResourceError()
+    error.__cause__ = cause
+    return error
+
+
+def same(one: object, other: object) -> bool:
+    """Equal in value and type, all the way down, and not-a-number too."""
+    return repr(one) == repr(other)
+
+
+def submit(connection: Connection, count: int = 1) -> tuple[list[Request], list[Request]]:
+    """That many requests, and those of them that are done, in the order in which they were."""
+    done: list[Request] = []
+    return [connection.submit("ECHO", number, done=done.append) for number in range(count)], done
+
+
+# Replies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_kind_of_reply(kind: str) -> None:
+    """A reply arrives as it is, in one piece, split anywhere, byte by byte, or several in one chunk."""
+    wire, value = KINDS[kind]
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        for cut in range(len(wire)):
+            stream.answer(*filter(None, (wire[:cut], wire[cut:])))
+            assert same(await connection.execute("GET"), value)
+        stream.answer(*(wire[at : at + 1] for at in range(len(wire))))
+        assert same(await connection.execute("GET"), value)
+        requests, done = submit(connection, 3)
+        stream.answer(wire * 3 + b"+last\r\n")
+        assert await connection.execute("GET") == b"last"
+        assert done == requests
+        assert all(same(request.result(), value) for request in requests)
+
+
+@pytest.mark.parametrize("feed", ["whole", "split"])
+async def test_a_push_is_no_reply(feed: str) -> None:
+    """A push goes to on_push at once, whether anyone waits for a reply or not, and answers nobody."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection:
+        wire = b">2\r\n+message\r\n%1\r\n+a\r\n*0\r\n>0\r\n"
+        stream.feed(*([wire] if feed == "whole" else (wire[at : at + 1] for at in range(len(wire)))))
+        await settle()
+        assert pushes == [[b"message", {b"a": []}], []]
+        requests, done = submit(connection)
+        await stream.wrote()
+        stream.feed(b">1\r\n+invalidate\r\n")
+        await settle()
+        assert pushes[2:] == [[b"invalidate"]]
+        assert not done
+        stream.feed(b"+here\r\n")
+        await settle()
+        assert done == requests
+        assert requests[0].result() == b"here"
+
+
+async def test_without_on_push_pushes_are_dropped() -> None:
+    """Nobody has to care for pushes."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b">1\r\n+invalidate\r\n+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("NOSCRIPT No matching script.", redis.exceptions.NoScriptError),
+        ("OOM command not allowed when used memory > 'maxmemory'.", redis.exceptions.OutOfMemoryError),
+        ("READONLY You can't write against a read only replica.", redis.exceptions.ReadOnlyError),
+        ("NOPERM this user has no permissions", redis.exceptions.NoPermissionError),
+        ("NOAUTH Authentication required.", redis.exceptions.AuthenticationError),
+        ("WRONGPASS invalid username-password pair", redis.exceptions.AuthenticationError),
+        ("LOADING Redis is loading the dataset in memory", redis.exceptions.BusyLoadingError),
+        ("CLUSTERDOWN Hash slot not served", redis.exceptions.ClusterDownError),
+        ("CROSSSLOT Keys in request don't hash to the same slot", redis.exceptions.ClusterCrossSlotError),
+        ("MASTERDOWN Link with MASTER is down", redis.exceptions.MasterDownError),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", redis.exceptions.TryAgainError),
+        ("ERR max number of clients reached", redis.exceptions.ConnectionError),
+        ("ERR unknown command 'HELLO'", redis.exceptions.ResponseError),
+        ("WRONGTYPE Operation against a key", redis.exceptions.ResponseError),
+        ("MOVED nowhere", redis.exceptions.ResponseError),
+        ("ASK 1 2 3", redis.exceptions.ResponseError),
+        ("MOVED", redis.exceptions.ResponseError),
+        ("", redis.exceptions.ResponseError),
+    ],
+)
+async def test_error_replies(text: str, kind: type[Exception]) -> None:
+    """What the server refuses is the error of the redis package for it, with the server's name and words."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(f"-{text}\r\n".encode())
+        stream.answer(b"+OK\r\n")
+        with pytest.raises(kind) as info:
+            await connection.execute("EVALSHA", "abc", 0)
+        assert type(info.value) is kind
+        assert str(info.value) == f"{NAME}: {text}"
+        assert await connection.execute("PING") == b"OK"
+
+
+@pytest.mark.parametrize(("code", "kind"), [("MOVED", redis.exceptions.MovedError), ("ASK", redis.exceptions.AskError)])
+def test_redirections(code: str, kind: type[redis.exceptions.AskError]) -> None:
+    """A redirection says where to, as in the redis package."""
+    error = to_error(f"{code} 3999 127.0.0.1:6381", NAME)
+    assert type(error) is kind
+    assert (error.slot_id, error.node_addr) == (3999, ("127.0.0.1", 6381))
+
+
+# Subscribe
+
+
+@pytest.mark.parametrize(
+    "command", ["SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE"]
+)
+async def test_subscribe_is_confirmed_by_pushes(command: str) -> None:
+    """SUBSCRIBE and its kin are done with the push for their last name; other pushes and replies stay what they are."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection:
+        done: list[Request] = []
+        before = connection.submit("GET", "k", done=done.append)
+        subscribe = connection.submit(command, "a", "b", done=done.append)
+        after = connection.submit("GET", "k", done=done.append)
+        word = command.lower().encode()
+        message = b">3\r\n+message\r\n+a\r\n+hello\r\n"
+        confirm = b">3\r\n$%d\r\n%s\r\n+%s\r\n:1\r\n"
+        await stream.wrote()
+        stream.feed(
+            message,
+            b":1\r\n" + message + confirm % (len(word), word, b"a") + message,
+        )
+        await settle()
+        assert done == [before]
+        stream.feed(confirm % (len(word), word, b"b") + b":2\r\n" + confirm % (len(word), word, b"late"))
+        await settle()
+        assert done == [before, subscribe, after]
+        assert [request.result() for request in done] == [1, [word, b"b", 1], 2]
+        assert pushes == [[b"message", b"a", b"hello"]] * 3 + [[word, b"late", 1]]
+
+
+async def test_unsubscribe_from_nothing() -> None:
+    """UNSUBSCRIBE without names, when there are no subscriptions, is confirmed by one push."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b">3\r\n+unsubscribe\r\n_\r\n:0\r\n")
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("UNSUBSCRIBE") == [b"unsubscribe", None, 0]
+        assert await connection.execute("PING") == b"OK"
+
+
+async def test_subscribe_may_be_refused() -> None:
+    """An error in the place of the pushes is the reply to SUBSCRIBE, and whoever is behind gets his own."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b"-NOPERM no permissions to access one of the channels\r\n")
+        stream.answer(b"+OK\r\n")
+        with pytest.raises(redis.exceptions.NoPermissionError, match=f"{NAME}: NOPERM no permissions"):
+            await connection.execute("SUBSCRIBE", "a", "b")
+        assert await connection.execute("PING") == b"OK"
+
+
+async def test_subscribe_wants_pushes() -> None:
+    """A confirmation as in RESP2, by an array, is not understood as anything else: the connection ends."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b"*3\r\n+subscribe\r\n+a\r\n:1\r\n")
+        with pytest.raises(ConnectionLost, match="a reply that nobody asked for: .b'subscribe', b'a', 1."):
+            await connection.execute("SUBSCRIBE", "a")
+
+
+# Writing
+
+
+async def test_commands_as_bytes() -> None:
+    """A command is an array of bulk strings; numbers are written as text, and bytes as they are."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b"+OK\r\n")
+        await connection.execute(b"SET", "é", b"\r\n\xff", 12, 1.5)
+        assert stream.written == [b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa9\r\n$3\r\n\r\n\xff\r\n$2\r\n12\r\n$3\r\n1.5\r\n"]
+
+
+@pytest.mark.parametrize("argument", [None, True, ["a"], "\ud800"])
+async def test_what_cannot_be_written(argument: Any) -> None:
+    """An argument that is no text, bytes or number is refused before anything is queued."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            await connection.execute("GET", argument)
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+        assert stream.written == [hiredis.pack_command(("PING",))]
+        assert connection.commands == 1
+
+
+async def test_what_is_queued_goes_out_in_one_write() -> None:
+    """All requests of a moment are one write, and so are all that come while a write hangs; their order is kept."""
+    stream = ScriptedStream()
+    stream.stall()
+    async with serving(stream) as connection:
+        first = [connection.submit("ECHO", number) for number in range(3)]
+        await stream.wrote()
+        then = [connection.submit("ECHO", number) for number in range(3, 6)]
+        await settle()
+        assert stream.written == [b"".join(request.data for request in first)]
+        assert [request.written for request in first + then] == [True] * 3 + [False] * 3
+        stream.go_on()
+        await stream.wrote(2)
+        assert stream.written[1:] == [b"".join(request.data for request in then)]
+        stream.answer(b"".join(b":%d\r\n" % number for number in range(6)) + b"+last\r\n")
+        assert await connection.execute("PING") == b"last"
+        assert [request.result() for request in first + then] == list(range(6))
+        assert connection.commands == 7
+
+
+async def test_replies_come_while_a_write_hangs() -> None:
+    """Reading does not wait for writing: else two sides that both wait to be read would wait for ever."""
+    stream = ScriptedStream()
+    stream.stall()
+    async with serving(stream) as connection:
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+
+
+# Callers who go
+
+
+class Caller:
+    """A task that executes one command, and two ways to cancel it."""
+
+    def __init__(self, connection: Connection, number: int) -> None:
+        self.connection = connection
+        self.number = number
+        self.scope = CancelScope()
+        self.task: asyncio.Task[Any] | None = None
+        self.reply: Any = None
+        self.cancelled = False
+        self.error: Exception | None = None
+
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
+        task_status.started()
+        with self.scope:
+            try:
+                self.reply = await self.connection.execute("ECHO", self.number)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the test says what it should be
+                self.error = error
+        self.cancelled = self.scope.cancelled_caught
+
+    async def run_in_task(self, *, task_status: TaskStatus[None]) -> None:
+        """In a task of asyncio's own, to be cancelled in asyncio's own way."""
+        self.task = asyncio.ensure_future(self.connection.execute("ECHO", self.number))
+        task_status.started()
+        try:
+            self.reply = await self.task
+        except asyncio.CancelledError:
+            self.cancelled = True
+
+    def cancel(self) -> None:
+        if self.task is None:
+            self.scope.cancel()
+        else:
+            self.task.cancel()
+
+
+POINTS = ["at once", "in the queue", "while it is written", "in flight", "half of the reply is there"]
+
+
+async def check_cancelled_caller(point: str, run: Callable[[Caller], Any]) -> None:
+    stream = ScriptedStream()
+    async with serving(stream) as connection, create_task_group() as tasks:
+        callers = [Caller(connection, number) for number in range(3)]
+        if point == "in the queue":
+            stream.stall()
+        await tasks.start(run(callers[0]))
+        await stream.wrote()
+        if point == "while it is written":
+            stream.stall()
+        await tasks.start(run(callers[1]))
+        if point != "at once":
+            await settle()
+        await tasks.start(run(callers[2]))
+        if point == "half of the reply is there":
+            stream.feed(b":0\r\n$1")
+            await settle()
+        callers[1].cancel()
+        await settle()
+        assert callers[1].cancelled
+        stream.go_on()
+        await settle()
+        sent = list(replies_to(stream.written))
+        assert sent[0] == b":0\r\n"
+        assert sent[-1] == b":2\r\n"
+        if point == "in the queue":
+            assert len(sent) == 2
+        elif point != "at once":
+            assert len(sent) == 3
+        if point == "half of the reply is there":
+            stream.feed(b"\r\n1\r\n" + sent[2])
+        else:
+            stream.feed(*sent)
+        await settle()
+        assert [callers[0].reply, callers[1].reply, callers[2].reply] == [0, None, 2]
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_cancelled_caller_is_in_nobodys_way(point: str) -> None:
+    """Cancelled before its command is written, it never is; after that, its reply is swallowed: all others get their own."""
+    await check_cancelled_caller(point, lambda caller: caller.run)
+
+
+@pytest.mark.parametrize("point", POINTS)
+@on_asyncio
+async def test_a_cancelled_task_is_in_nobodys_way(point: str) -> None:
+    """What asyncio's Task.cancel() cancels is as what a cancel scope cancels."""
+    await check_cancelled_caller(point, lambda caller: caller.run_in_task)
+
+
+@on_asyncio
+async def test_a_task_cancelled_after_its_reply_came() -> None:
+    """A reply that came for a task which is cancelled before it runs again is gone with it, and not the next one's."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection, create_task_group() as tasks:
+        caller = Caller(connection, 0)
+        await tasks.start(caller.run_in_task)
+        await settle()
+        connection.submit("ECHO", 1, done=lambda _: caller.cancel())
+        next_one = connection.submit("ECHO", 2)
+        await stream.wrote(2)
+        stream.feed(b":0\r\n:1\r\n:2\r\n")
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+        assert (caller.cancelled, caller.reply) == (True, None)
+        assert next_one.result() == 2
+
+
+async def test_a_cancelled_subscriber_is_in_nobodys_way() -> None:
+    """The confirmations of a cancelled SUBSCRIBE are swallowed as a reply is."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection, create_task_group() as tasks:
+        with CancelScope() as scope:
+            tasks.start_soon(cancel_when_written, stream, scope)
+            await connection.execute("SUBSCRIBE", "a", "b")
+        assert scope.cancelled_caught
+        stream.feed(b">3\r\n+subscribe\r\n+a\r\n:1\r\n>3\r\n+subscribe\r\n+b\r\n:2\r\n")
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+        assert pushes == []
+
+
+async def cancel_when_written(stream: ScriptedStream, scope: CancelScope) -> None:
+    await stream.wrote()
+    await settle()
+    scope.cancel()
+
+
+def replies_to(written: list[bytes]) -> Iterator[bytes]:
+    """What a server says to ECHO."""
+    reader = hiredis.Reader()
+    for data in written:
+        reader.feed(data)
+    while command := reader.gets():
+        yield b":%s\r\n" % command[1]
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("end", "words"), [*ENDS, (broken(OSError(5, "no route")), "it broke: OSError.5, 'no route'")]
+)
+async def test_everyone_is_told_of_the_end(end: bytes | Exception, words: str) -> None:
+    """At the first thing that is wrong everyone gets a ConnectionLost: which server, why, and whether the command may have run."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        answered = connection.submit("ECHO", "answered")
+        (in_flight,), done = submit(connection)
+        await stream.wrote()
+        await settle()
+        stream.stall()
+        being_written = connection.submit("ECHO", "being written", done=done.append)
+        await stream.wrote(2)
+        queued = connection.submit("ECHO", "queued", done=done.append)
+        if isinstance(end, bytes):
+            stream.feed(b"+good\r\n" + end + b"+good\r\n", b"+good\r\n")
+        else:
+            stream.feed(b"+good\r\n", end, b"+good\r\n")
+        await connection.wait_ended()
+        await settle()
+        assert answered.result() == b"good"
+        assert stream.closed
+        assert done == [in_flight, being_written, queued]
+        for request in done:
+            with pytest.raises(ConnectionLost, match=words) as info:
+                request.result()
+            assert not isinstance(info.value, ConnectionTimeout)
+            check_lost(info.value, may_have_run=request is not queued)
+        later = connection.submit("ECHO", "later", done=done.append)
+        assert done[3:] == [later]
+        with pytest.raises(ConnectionLost, match=words) as info:
+            await connection.execute("ECHO", "later still")
+        check_lost(info.value, may_have_run=False)
+        assert len(stream.written) == 2
+        assert isinstance(later.error, ConnectionLost)
+        check_lost(later.error, may_have_run=False)
+
+
+def check_lost(error: ConnectionLost, *, may_have_run: bool) -> None:
+    assert isinstance(error, redis.exceptions.ConnectionError)
+    assert error.may_have_run == may_have_run
+    assert str(error).startswith(f"{NAME}: the connection ended: ")
+    assert str(error).endswith("; the command may have run" if may_have_run else "; the command was not sent")
+
+
+async def test_cut_off_in_the_middle() -> None:
+    """Half a reply is none."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(b"*2\r\n$5\r\nhel", EndOfStream())
+        with pytest.raises(ConnectionLost, match="the server closed it; the command may have run"):
+            await connection.execute("GET", "k")
+
+
+async def test_a_reply_nobody_asked_for() -> None:
+    """A server that answers unasked is not trusted with the next question; the error shows the beginning of the answer."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.feed(b"+" + b"x" * 1000 + b"\r\n")
+        await connection.wait_ended()
+        with pytest.raises(ConnectionLost, match=r"a reply that nobody asked for: b'x{98}; the command was not sent"):
+            await connection.execute("PING")
+        assert stream.written == []
+
+
+async def test_a_write_that_fails() -> None:
+    """A write that failed may have arrived; what is behind it has not."""
+    stream = ScriptedStream()
+    stream.stall()
+    async with serving(stream) as connection:
+        (first,), _ = submit(connection)
+        await stream.wrote()
+        (second,), _ = submit(connection)
+        cause = OSError(32, "broken pipe")
+        stream.go_on(broken(cause))
+        await connection.wait_ended()
+        for request in (first, second):
+            with pytest.raises(ConnectionLost, match="it broke: BrokenPipeError.32, 'broken pipe'") as info:
+                request.result()
+            assert isinstance(info.value.__cause__, BrokenResourceError)
+            assert info.value.may_have_run == (request is first)
+
+
+async def test_the_owner_ends_it() -> None:
+    """end() says why, the first of several counts, and run() returns."""
+    stream = ScriptedStream()
+    async with create_task_group() as tasks:
+        connection = Connection(stream, NAME, timeout=20)
+        tasks.start_soon(connection.run)
+        (request,), done = submit(connection)
+        await stream.wrote()
+        cause = ValueError("cause")
+        connection.end("enough", cause=cause)
+        connection.end("more than enough")
+        assert done == [request]
+        with pytest.raises(ConnectionLost, match="ended: enough; the command may have run") as info:
+            request.result()
+        assert info.value.__cause__ is cause
+    assert stream.closed
+
+
+async def test_ended_before_it_ran() -> None:
+    """A connection that ended before run() closes its stream and serves nobody."""
+    stream = ScriptedStream()
+    connection = Connection(stream, NAME, timeout=20)
+    (request,), done = submit(connection)
+    connection.end("too early")
+    await connection.run()
+    assert stream.closed
+    assert stream.written == []
+    assert done == [request]
+    with pytest.raises(ConnectionLost, match="ended: too early; the command was not sent"):
+        request.result()
+
+
+async def test_run_is_cancelled() -> None:
+    """Who cancels run() closes the connection: everyone else is told."""
+    stream = ScriptedStream()
+    connection = Connection(stream, NAME, timeout=20)
+    async with create_task_group() as tasks:
+        tasks.start_soon(connection.run)
+        (request,), _ = submit(connection)
+        await stream.wrote()
+        tasks.cancel_scope.cancel()
+    assert stream.closed
+    with pytest.raises(ConnectionLost, match="ended: it was closed; the command may have run"):
+        request.result()
+
+
+async def test_nothing_is_delivered_after_the_end() -> None:
+    """Pushes and replies behind the one at which the owner ended the connection reach nobody."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+
+    def end(push: list[Any]) -> None:
+        pushes.append(push)
+        connection.end("enough")
+
+    async with serving(stream, on_push=end) as connection:
+        (request,), done = submit(connection)
+        await stream.wrote()
+        stream.feed(b">1\r\n:1\r\n>1\r\n:2\r\n+late\r\n>1\r\n:3\r\n")
+        await settle()
+        assert pushes == [[1]]
+        assert done == [request]
+        assert isinstance(request.error, ConnectionLost)
+
+
+async def test_done_may_ask_again() -> None:
+    """done may submit another command, also when it is told that the connection ended; it is called once for each."""
+    stream = ScriptedStream()
+    asked: list[Request] = []
+
+    def again(request: Request) -> None:
+        asked.append(request)
+        if len(asked) < 5:
+            connection.submit("ECHO", len(asked), done=again)
+
+    async with serving(stream) as connection:
+        connection.submit("PING", done=again)
+        stream.answer(b"+OK\r\n")
+        stream.answer(b":1\r\n")
+        await stream.wrote(3)
+        connection.end("enough")
+        assert [request.reply for request in asked] == [b"OK", 1, None, None, None]
+        errors = [request.error for request in asked[2:]]
+        assert [error.may_have_run for error in errors if isinstance(error, ConnectionLost)] == [True, False, False]
+
+
+async def test_a_caller_who_left_is_not_told() -> None:
+    """The end of the connection wakes those who wait, and passes over those who went."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection, create_task_group() as tasks:
+        with CancelScope() as scope:
+            tasks.start_soon(cancel_when_written, stream, scope)
+            await connection.execute("ECHO", 1)
+        (request,), done = submit(connection)
+        stream.feed(EndOfStream())
+        await connection.wait_ended()
+        assert done == [request]
+
+
+# Time-outs. These are real timers: nothing but time ends such a connection.
+
+
+async def test_a_silent_server() -> None:
+    """A request unanswered for ``timeout`` seconds ends the connection: a ConnectionTimeout that is redis' TimeoutError too."""
+    stream = ScriptedStream()
+    async with serving(stream, timeout=0.05) as connection:
+        stream.feed(b">0\r\n")  # a push is no answer
+        with pytest.raises(ConnectionTimeout, match="did not answer in time; the command may have run") as info:
+            await connection.execute("GET", "k")
+        assert isinstance(info.value, redis.exceptions.TimeoutError)
+        check_lost(info.value, may_have_run=True)
+        await settle()
+        assert stream.closed
+
+
+async def test_a_server_that_does_not_read() -> None:
+    """A write that hangs is a request unanswered; what is queued behind it was not sent."""
+    stream = ScriptedStream()
+    stream.stall()
+    async with serving(stream, timeout=0.05) as connection:
+        (first,), _ = submit(connection)
+        await stream.wrote()
+        with pytest.raises(ConnectionTimeout, match="the command was not sent") as info:
+            await connection.execute("GET", "k")
+        check_lost(info.value, may_have_run=False)
+        assert isinstance(first.error, ConnectionTimeout)
+        check_lost(first.error, may_have_run=True)
+
+
+async def test_a_request_may_have_its_own_timeout() -> None:
+    """The first that is due counts, not the first in the row."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        (patient,), _ = submit(connection)
+        await stream.wrote()
+        await settle()
+        with pytest.raises(ConnectionTimeout):
+            await connection.execute("GET", "k", timeout=0.05)
+        assert isinstance(patient.error, ConnectionTimeout)
+
+
+async def test_nobody_needs_to_wait_for_the_reply() -> None:
+    """A request whose caller was cancelled is watched as any other: its reply blocks all behind it."""
+    stream = ScriptedStream()
+    async with serving(stream, timeout=0.05) as connection, create_task_group() as tasks:
+        with CancelScope() as scope:
+            tasks.start_soon(cancel_when_written, stream, scope)
+            await connection.execute("ECHO", 1)
+        await connection.wait_ended()
+        with pytest.raises(ConnectionTimeout, match="the command was not sent"):
+            await connection.execute("PING")
+
+
+async def test_an_idle_connection_lives() -> None:
+    """No request, no time-out, however long; and a request answered in time does not end the one after it."""
+    stream = ScriptedStream()
+    async with serving(stream, timeout=0.02) as connection:
+        await sleep(0.05)  # that a timer does not go off shows only when it had the time to
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+        stream.answer(b"+OK\r\n")
+        answered = connection.submit("PING")
+        request = connection.submit("PING", timeout=20)
+        await sleep(0.05)
+        assert not connection.ended
+        stream.feed(b"+late\r\n")
+        await settle()
+        assert (answered.result(), request.result()) == (b"OK", b"late")
+
+
+# All at once
+
+Wire = tuple[bytes, Any]
+hashable: st.SearchStrategy[Wire] = st.one_of(
+    st.binary().map(lambda value: (b"$%d\r\n%s\r\n" % (len(value), value), value)),
+    st.from_regex(rb"[^\r\n]*", fullmatch=True).map(lambda value: (b"+%s\r\n" % value, value)),
+    st.integers(-(2**63), 2**63 - 1).map(lambda value: (b":%d\r\n" % value, value)),
+    st.integers().map(lambda value: (b"(%d\r\n" % value, b"%d" % value)),
+    st.binary().map(lambda value: (b"=%d\r\ntxt:%s\r\n" % (len(value) + 4, value), value)),
+    st.floats(allow_nan=False).map(lambda value: (b",%s\r\n" % repr(value).encode(), value)),
+    st.booleans().map(lambda value: (b"#t\r\n" if value else b"#f\r\n", value)),
+    st.sampled_from([b"_\r\n", b"$-1\r\n", b"*-1\r\n"]).map(lambda wire: (wire, None)),
+)
+
+
+def aggregate(sign: bytes, items: list[Wire]) -> Wire:
+    return b"%s%d\r\n" % (sign, len(items)) + b"".join(wire for wire, _ in items), [value for _, value in items]
+
+
+def map_of(pairs: list[tuple[Wire, Wire]]) -> Wire:
+    wire = b"%%%d\r\n" % len(pairs) + b"".join(key + value for (key, _), (value, _) in pairs)
+    return wire, {key: value for (_, key), (_, value) in pairs}
+
+
+replies = st.recursive(
+    hashable,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5).map(lambda items: aggregate(b"*", items)),
+        st.lists(inner, max_size=5).map(lambda items: aggregate(b"~", items)),
+        st.lists(st.tuples(hashable, inner), max_size=4).map(map_of),
+    ),
+    max_leaves=8,
+)
+pushes_of = st.lists(replies, max_size=4).map(lambda items: aggregate(b">", items))
+
+
+@each_example_has_a_loop
+@given(st.lists(st.tuples(st.booleans(), replies, pushes_of), max_size=6), st.lists(st.integers(1, 50), min_size=1))
+
+async def test_whatever_the_server_sends(said: list[tuple[bool, Wire, Wire]], sizes: list[int]) -> None:
+    """Any values, any nesting, split anywhere, replies and pushes mixed: each arrives whole, where it belongs, in order."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection:
+        requests, done = submit(connection, sum(1 for is_reply, _, _ in said if is_reply))
+        wire = b"".join(reply[0] if is_reply else push[0] for is_reply, reply, push in said) + b"+OK\r\n"
+        chunks: list[bytes] = []
+        while wire:
+            size = sizes[len(chunks) % len(sizes)]
+            chunks.append(wire[:size])
+            wire = wire[size:]
+        stream.answer(*chunks)
+        assert await connection.execute("PING") == b"OK"
+        assert done == requests
+        assert same([request.result() for request in requests], [value for is_reply, (_, value), _ in said if is_reply])
+        assert same([*map(list, pushes)], [value for is_reply, _, (_, value) in said if not is_reply])
+
+
+steps = st.one_of(
+    st.just(("call", 0)),
+    st.just(("answer", 0)),
+    st.just(("push", 0)),
+    st.just(("stall", 0)),
+    st.just(("go on", 0)),
+    st.tuples(st.just("cancel"), st.integers(0, 20)),
+    st.tuples(st.just("let run"), st.integers(1, 5)),
+)
+
+
+@each_example_has_a_loop
+@given(st.lists(steps, max_size=40))
+async def test_who_gets_which_reply(script: list[tuple[str, int]]) -> None:
+    """Whoever calls, is cancelled, or is pushed to, in whatever order: everyone who stays gets the reply to his own command."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection, create_task_group() as tasks:
+        callers: list[Caller] = []
+        pushed = answered = 0
+
+        def answer() -> bool:
+            nonlocal answered
+            waiting = [*replies_to(stream.written)][answered:]
+            if waiting:
+                stream.feed(waiting[0])
+                answered += 1
+            return bool(waiting)
+
+        for step, number in script:
+            match step:
+                case "call":
+                    callers.append(Caller(connection, len(callers)))
+                    await tasks.start(callers[-1].run)
+                case "cancel" if callers:
+                    callers[number % len(callers)].cancel()
+                case "answer":
+                    answer()
+                case "push":
+                    stream.feed(b">1\r\n:%d\r\n" % pushed)
+                    pushed += 1
+                case "stall":
+                    stream.stall()
+                case "go on":
+                    stream.go_on()
+                case "let run":
+                    for _ in range(number):
+                        await checkpoint()
+        stream.go_on()
+        last = Caller(connection, len(callers))
+        callers.append(last)
+        await tasks.start(last.run)
+        while last.reply is None:
+            if not answer():
+                await checkpoint()
+    written = [int(reply[1:]) for reply in replies_to(stream.written)]
+    assert written == sorted(set(written))
+    assert pushes == [[number] for number in range(pushed)]
+    for caller in callers:
+        assert caller.error is None
+        assert caller.reply == (None if caller.cancelled else caller.number)
+        assert caller.cancelled or caller.number in written
