@@ -88,11 +88,15 @@ class ScriptedStream(ByteStream):
 
 @asynccontextmanager
 async def serving(
-    stream: ByteStream, *, timeout: float = PATIENCE, on_push: Callable[[list[Any]], object] | None = None
+    stream: ByteStream,
+    *,
+    timeout: float = PATIENCE,  # noqa: ASYNC109 - of the connection
+    patience: float = PATIENCE,
+    on_push: Callable[[list[Any]], object] | None = None,
 ) -> AsyncIterator[Connection]:
     """A connection that runs while the block does, with everything in it done in time."""
     connection = Connection(stream, NAME, timeout=timeout, on_push=on_push)
-    with fail_after(PATIENCE):
+    with fail_after(patience):
         async with create_task_group() as tasks:
             tasks.start_soon(connection.run)
             yield connection

@@ -22,9 +22,7 @@ from anyio_channels.layers.redis.connection import Connection, ConnectionLost, C
 pytestmark = pytest.mark.anyio
 
 # What anyio gives each test is a backend, which is the same for all examples of one test.
-each_example_has_a_loop = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
-)
+each_example_has_a_loop = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 on_asyncio = pytest.mark.parametrize(
     "anyio_backend",
     [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})],
@@ -347,6 +345,7 @@ async def check_cancelled_caller(point: str, run: Callable[[Caller], Any]) -> No
         await tasks.start(run(callers[0]))
         await stream.wrote()
         if point == "while it is written":
+            await settle()
             stream.stall()
         await tasks.start(run(callers[1]))
         if point != "at once":
@@ -441,11 +440,9 @@ def replies_to(written: list[bytes]) -> Iterator[bytes]:
 # Ends
 
 
-@pytest.mark.parametrize(
-    ("end", "words"), [*ENDS, (broken(OSError(5, "no route")), "it broke: OSError.5, 'no route'")]
-)
+@pytest.mark.parametrize(("end", "words"), [*ENDS, (broken(OSError(5, "no route")), "it broke: OSError.5, 'no route'")])
 async def test_everyone_is_told_of_the_end(end: bytes | Exception, words: str) -> None:
-    """At the first thing that is wrong everyone gets a ConnectionLost: which server, why, and whether the command may have run."""
+    """At the first thing that is wrong everyone gets a ConnectionLost: which server, why, whether the command may have run."""
     stream = ScriptedStream()
     async with serving(stream) as connection:
         answered = connection.submit("ECHO", "answered")
@@ -733,12 +730,11 @@ pushes_of = st.lists(replies, max_size=4).map(lambda items: aggregate(b">", item
 
 @each_example_has_a_loop
 @given(st.lists(st.tuples(st.booleans(), replies, pushes_of), max_size=6), st.lists(st.integers(1, 50), min_size=1))
-
 async def test_whatever_the_server_sends(said: list[tuple[bool, Wire, Wire]], sizes: list[int]) -> None:
     """Any values, any nesting, split anywhere, replies and pushes mixed: each arrives whole, where it belongs, in order."""
     stream = ScriptedStream()
     pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection:
+    async with serving(stream, patience=5, on_push=pushes.append) as connection:
         requests, done = submit(connection, sum(1 for is_reply, _, _ in said if is_reply))
         wire = b"".join(reply[0] if is_reply else push[0] for is_reply, reply, push in said) + b"+OK\r\n"
         chunks: list[bytes] = []
@@ -766,11 +762,11 @@ steps = st.one_of(
 
 @each_example_has_a_loop
 @given(st.lists(steps, max_size=40))
-async def test_who_gets_which_reply(script: list[tuple[str, int]]) -> None:
+async def test_who_gets_which_reply(script: list[tuple[str, int]]) -> None:  # noqa: C901 - a case for each step
     """Whoever calls, is cancelled, or is pushed to, in whatever order: everyone who stays gets the reply to his own command."""
     stream = ScriptedStream()
     pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection, create_task_group() as tasks:
+    async with serving(stream, patience=5, on_push=pushes.append) as connection, create_task_group() as tasks:
         callers: list[Caller] = []
         pushed = answered = 0
 

@@ -83,7 +83,7 @@ class Request:
 
     def __init__(self, command: Sequence[Argument], due: float, done: Callable[[Request], object] | None) -> None:
         """``due``: when it must be answered, by ``time.monotonic()``."""
-        self.data: bytes = hiredis.pack_command(tuple(command))
+        self.data: bytes = hiredis.pack_command(tuple(command))  # type: ignore[arg-type] # hiredis says "of one item"
         self.due: float = due
         self.done: Callable[[Request], object] | None = done
         self.awaits: bytes | None = _CONFIRMED.get(str(command[0]))
@@ -273,7 +273,7 @@ class Connection:
 
     def _receive_push(self, push: list[Any]) -> None:
         first = self._in_flight[0] if self._in_flight else None
-        if first is not None and push and push[0] == first.awaits:
+        if first is not None and first.awaits is not None and push and push[0] == first.awaits:
             first.confirmations -= 1
             if first.confirmations <= 0:
                 self._in_flight.popleft()

@@ -123,6 +123,9 @@ class Endpoint:
                         f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
                     ) from error
                 raise
+        greeting = requests[0].reply
+        if not isinstance(greeting, dict) or greeting.get(b"proto") != 3 or not isinstance(time.reply, list):  # noqa: PLR2004
+            raise redis.exceptions.ConnectionError(f"{self.name} does not answer as Redis would: {greeting!r:.100}")
         seconds, microseconds = time.reply
         return int(seconds) + int(microseconds) / 1_000_000
 
@@ -176,7 +179,7 @@ def _parse_url(url: object) -> dict[str, Any]:
             "a Redis URL is redis://[user[:password]@]host[:port][/db][?options]; "
             "characters like / ? # [ ] in a user or password must be percent-encoded"
         )
-    options: dict[str, Any] = dict(parse_url(url))
+    options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
     connection_class = options.pop("connection_class", None)
     if connection_class is SSLConnection:
         options["ssl"] = True

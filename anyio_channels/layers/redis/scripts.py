@@ -21,6 +21,14 @@ local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 """
 
+_EXPIRE: Final = """
+local function expire(key, expiry)
+  -- Only where there is something: after any call of a writing command Redis would not refuse the next for lack of memory.
+  if redis.call('ZCOUNT', key, '-inf', now - expiry) == 0 then return 0 end
+  return redis.call('ZREMRANGEBYSCORE', key, '-inf', now - expiry)
+end
+"""
+
 _ADD: Final = """
 local function add(key, entry, expiry)
   local last = tonumber(redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2])
@@ -35,9 +43,10 @@ SEND: Final = Script.of(
     # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired; if the channel is full, -1 minus that.
     _NOW
+    + _EXPIRE
     + _ADD
     + """
-local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
+local expired = expire(KEYS[1], ARGV[3])
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return -1 - expired end
 add(KEYS[1], ARGV[1], ARGV[3])
 return expired
@@ -49,9 +58,10 @@ SEND_WAITING: Final = Script.of(
     # Returns how many messages had expired, and -1 when sent; if the channel is full, milliseconds until its oldest message
     # expires, and pops will tell.
     _NOW
+    + _EXPIRE
     + _ADD
     + """
-local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
+local expired = expire(KEYS[1], ARGV[3])
 if redis.call('ZCARD', KEYS[1]) < tonumber(ARGV[2]) then
   add(KEYS[1], ARGV[1], ARGV[3])
   return {expired, -1}
@@ -66,8 +76,9 @@ POP: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: how many, expiry (seconds).
     # Returns how many messages had expired, the time, and entry, score, entry, score, ... Tells senders who wait for room.
     _NOW
+    + _EXPIRE
     + """
-local expired = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
+local expired = expire(KEYS[1], ARGV[2])
 local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') end
 return {expired, string.format('%.6f', now), popped}
@@ -85,8 +96,9 @@ redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
 GROUP_ADD: Final = Script.of(
     # KEYS: group. ARGV: group_expiry (seconds), then channel names.
     _NOW
+    + _EXPIRE
     + """
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
+expire(KEYS[1], ARGV[1])
 for i = 2, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[i]) end
 redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
 """
@@ -95,8 +107,9 @@ redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
 GROUP_MEMBERS: Final = Script.of(
     # KEYS: group. ARGV: group_expiry (seconds). Returns the channel names.
     _NOW
+    + _EXPIRE
     + """
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[1])
+expire(KEYS[1], ARGV[1])
 return redis.call('ZRANGE', KEYS[1], 0, -1)
 """
 )
@@ -105,11 +118,12 @@ GROUP_SEND: Final = Script.of(
     # KEYS: channels. ARGV: expiry (seconds), then for each key its capacity and its entry.
     # Returns how many messages had expired, and the numbers of the keys that were full.
     _NOW
+    + _EXPIRE
     + _ADD
     + """
 local result = {0}
 for i = 1, #KEYS do
-  result[1] = result[1] + redis.call('ZREMRANGEBYSCORE', KEYS[i], '-inf', now - ARGV[1])
+  result[1] = result[1] + expire(KEYS[i], ARGV[1])
   if redis.call('ZCARD', KEYS[i]) < tonumber(ARGV[2 * i]) then
     add(KEYS[i], ARGV[2 * i + 1], ARGV[1])
   else

@@ -1,0 +1,681 @@
+"""What Redis, the network and bad input do to the layers on Redis: each against a real server that really does it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgpack
+import pytest
+import redis
+import redis.exceptions
+from anyio import create_task_group, fail_after, to_thread
+from cryptography.fernet import Fernet
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix
+from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
+
+from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.layers.redis.layer import RedisLayer
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 20.0
+both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, to be killed, paused and emptied."""
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what must happen on the other side of a network."""
+    with fail_after(PATIENCE):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+def make(kind: Kind, url: str, **options: Any) -> RedisLayer:
+    made: RedisLayer = kind.layer_class(
+        [url], **{"timeout": 2.0, "connect_timeout": 2.0, "prefix": new_prefix(), **options}
+    )
+    return made
+
+
+class Numbered:
+    """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
+
+    def __init__(self, sender: RedisLayer, inbox: Any) -> None:
+        self.sender = sender
+        self.inbox = inbox
+        self.sent: list[int] = []
+        self.failed: list[Exception] = []
+        self.received: list[int] = []
+        self.number = 0
+
+    async def send(self) -> None:
+        while True:
+            self.number += 1
+            try:
+                await self.sender.send(self.inbox.channel, {"n": self.number})
+            except redis.exceptions.RedisError as error:
+                self.failed.append(error)
+            except ChannelFull:
+                pass
+            else:
+                self.sent.append(self.number)
+            await anyio.lowlevel.checkpoint()
+
+    async def receive(self) -> None:
+        while True:
+            self.received.append((await self.inbox.receive())["n"])
+
+
+@asynccontextmanager
+async def under_load(kind: Kind, url: str, **options: Any) -> AsyncGenerator[Numbered]:
+    """Two layers, a sender in one and a reader in the other; afterwards nothing came twice or out of order."""
+    prefix = new_prefix()
+    async with (
+        make(kind, url, prefix=prefix, **options) as sender,
+        make(kind, url, prefix=prefix, **options) as receiver,
+        receiver.subscribe("room", capacity=100_000) as inbox,
+        create_task_group() as tg,
+    ):
+        load = Numbered(sender, inbox)
+        tg.start_soon(load.send)
+        tg.start_soon(load.receive)
+        await until(lambda: len(load.received) > 10)
+        yield load
+        before = len(load.received)
+        await until(lambda: len(load.received) > before + 10)
+        tg.cancel_scope.cancel()
+    assert load.received == sorted(set(load.received))
+
+
+# Redis goes away
+
+
+@both
+async def test_killed_under_load(kind: Kind, server: RedisServer) -> None:
+    """Redis killed and started again: sends fail with an error that says so, readers go on, nothing twice or reordered."""
+    async with under_load(kind, server.url) as load:
+        await to_thread.run_sync(server.kill)
+        await until(lambda: load.failed)
+        await to_thread.run_sync(server.start)
+        sent = len(load.sent)
+        await until(lambda: len(load.sent) > sent)
+    assert all(f"127.0.0.1:{server.port}" in str(error) for error in load.failed)
+    assert all("may have run" in str(error) or "was not sent" in str(error) for error in load.failed)
+
+
+@both
+async def test_paused_under_load(kind: Kind, server: RedisServer) -> None:
+    """A Redis that stands still: sends fail in time, and all goes on when it does."""
+    async with under_load(kind, server.url, timeout=0.3, connect_timeout=0.3) as load:
+        server.pause()
+        await until(lambda: len(load.failed) > 1)
+        server.resume()
+        failed = len(load.sent)
+        await until(lambda: len(load.sent) > failed)
+    assert any(isinstance(error, redis.exceptions.TimeoutError) for error in load.failed)
+
+
+@both
+async def test_a_reader_goes_on_by_itself(kind: Kind, server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Readers that wait while Redis is away are not told; one line is logged when it goes and one when it is back."""
+    async with (
+        make(kind, server.url, keep_alive=0.2) as layer,
+        layer.subscribe("room") as inbox,
+        create_task_group() as tg,
+    ):
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await inbox.receive())
+
+        tg.start_soon(read)
+        tg.start_soon(layer.receive, "normal")
+        await until(
+            lambda: layer.statistics().waiting_receivers == 2 and layer.statistics().connections == len(layer._links)
+        )
+        with caplog.at_level(logging.INFO, "anyio_channels"):
+            await to_thread.run_sync(server.kill)
+            await until(lambda: layer.statistics().connections == 0)
+            await to_thread.run_sync(server.start)
+            await until(lambda: layer.statistics().connections == len(layer._links))
+        await layer.group_send("room", {"n": 1})
+        await until(lambda: got == [{"n": 1}])
+        assert layer.statistics().reconnects == len(layer._links)
+        lines = [record.getMessage() for record in caplog.records]
+        assert sum("trying again" in line for line in lines) == len(layer._links)
+        assert sum("connected again" in line for line in lines) == len(layer._links)
+        tg.cancel_scope.cancel()
+
+
+@both
+async def test_each_connection_killed_in_turn(kind: Kind, server: RedisServer) -> None:
+    """CLIENT KILL of any of our connections: it comes back, and messages come again."""
+    with server.client() as client:
+        async with make(kind, server.url) as layer, layer.subscribe("room") as inbox:
+            await layer.group_send("room", {"n": 0})
+            await inbox.receive()
+            ours = [one for one in client.client_list() if one["id"] != str(client.client_id())]
+            assert 1 <= len(ours) <= 2
+            for number, one in enumerate(ours, 1):
+                client.client_kill_filter(_id=one["id"])
+                await until(lambda number=number: layer.statistics().reconnects == number)  # type: ignore[misc]
+                await layer.group_send("room", {"n": number})
+                with fail_after(PATIENCE):
+                    assert await inbox.receive() == {"n": number}
+
+
+@pytest.mark.parametrize("on_gap", ["event", "raise"])
+@both
+async def test_an_inbox_is_told_of_the_outage(kind: Kind, on_gap: Any, server: RedisServer) -> None:
+    """on_gap: a reader learns, between what it received before and after, that it may have missed something."""
+    async with make(kind, server.url) as layer, layer.subscribe("room", on_gap=on_gap) as inbox:
+        await layer.group_send("room", {"n": 1})
+        await until(lambda: layer.statistics().buffered_messages == 1)
+        await to_thread.run_sync(server.restart)
+        await until(lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._links))
+        await layer.group_send("room", {"n": 2})
+        assert await inbox.receive() == {"n": 1}
+        if on_gap == "event":
+            assert await inbox.receive() == {"type": "channel_layer.gap", "missed": None}
+        else:
+            with pytest.raises(MessagesLost, match="how many is not known"):
+                await inbox.receive()
+        assert await inbox.receive() == {"n": 2}
+
+
+async def test_on_disconnect_and_on_reconnect(server: RedisServer) -> None:
+    """The pub/sub layer puts messages of those types into every channel of the process, as channels_redis documents."""
+    layer = RedisPubSubChannelLayer([server.url], on_disconnect="gone", on_reconnect="back")
+    async with layer, layer.subscribe() as inbox:
+        channel = await layer.new_channel()
+        await to_thread.run_sync(server.restart)
+        with fail_after(PATIENCE):
+            for receive in (inbox.receive, lambda: layer.receive(channel)):
+                assert [await receive(), await receive()] == [{"type": "gone"}, {"type": "back"}]
+
+
+@both
+async def test_memberships_survive_a_redis_that_lost_them(kind: Kind, server: RedisServer) -> None:
+    """FLUSHALL: an open inbox is a member again within one keep_alive, without a reconnect."""
+    async with make(kind, server.url, keep_alive=0.1) as layer, layer.subscribe("room") as inbox:
+        with server.client() as client:
+            client.flushall()
+        with fail_after(PATIENCE):
+            while inbox.channel not in await layer.group_channels("room"):
+                await anyio.sleep(0.01)  # until the next keep-alive
+        await layer.group_send("room", {"n": 1})
+        assert await inbox.receive() == {"n": 1}
+        assert layer.statistics().reconnects == 0
+
+
+async def test_memberships_are_renewed(server: RedisServer) -> None:
+    """group_expiry shorter than the life of an inbox: it stays a member, and one that nobody renews does not."""
+    layer = make(QUEUE, server.url, group_expiry=0.3)
+    async with layer, layer.subscribe("room") as inbox:
+        await layer.group_add("room", "nobody")
+        assert await layer.group_channels("room") == {"nobody", inbox.channel}
+        with fail_after(PATIENCE):
+            while "nobody" in await layer.group_channels("room"):
+                await anyio.sleep(0.05)  # real time passes in Redis
+        assert await layer.group_channels("room") == {inbox.channel}
+
+
+@both
+async def test_script_flush(kind: Kind, server: RedisServer) -> None:
+    """SCRIPT FLUSH: nobody notices."""
+    async with make(kind, server.url) as layer, layer.subscribe("room") as inbox:
+        for number in range(3):
+            with server.client() as client:
+                client.script_flush()
+            await layer.send(inbox.channel, {"n": number})
+            await layer.group_send("room", {"n": number})
+            with fail_after(PATIENCE):
+                assert [await inbox.receive(), await inbox.receive()] == [{"n": number}] * 2
+            await layer.inbox_leave(inbox.channel, "room")
+            await inbox.join("room")
+
+
+async def test_out_of_memory(server: RedisServer) -> None:
+    """maxmemory reached: sending fails with what Redis says, receiving goes on, also from a channel not waited for before."""
+    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read(channel: str) -> None:
+            got.append(await layer.receive(channel))
+
+        await layer.send("full", {"n": 1})
+        tg.start_soon(read, "waiting")
+        await until(lambda: layer.statistics().waiting_receivers == 1 and layer._popping)
+        with server.client() as client:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 1)
+            with pytest.raises(redis.exceptions.ResponseError, match=rf"127\.0\.0\.1:{server.port}.*OOM|maxmemory"):
+                await layer.send("full", {"n": 2})
+            tg.start_soon(read, "later")
+            await until(lambda: "later" in {channel.name for channel in layer._blocked.values()})
+            tg.start_soon(read, "full")
+            await until(lambda: {"n": 1} in got)
+            client.config_set("maxmemory", 0)
+        await layer.send("waiting", {"n": 3})
+        await layer.send("later", {"n": 4})
+        await until(lambda: len(got) == 3)
+
+
+@both
+async def test_a_replica_refuses(kind: Kind, server: RedisServer, tmp_path: Path) -> None:
+    """READONLY: sending to a replica is an error that says so and names it; receiving waits."""
+    (tmp_path / "replica").mkdir()
+    with server.client() as client:
+        client.config_set("repl-diskless-sync-delay", 0)
+    with (
+        RedisServer(tmp_path / "replica", "--replicaof", server.host, str(server.port)) as replica,
+        replica.client() as client,
+    ):
+        await until(lambda: client.info("replication")["master_link_status"] == "up")
+        async with make(kind, replica.url, keep_alive=0.2) as layer:
+            if kind is PUBSUB:
+                await layer.send("a", {})  # a replica publishes to those subscribed there
+                return
+            with pytest.raises(redis.exceptions.ReadOnlyError, match=str(replica.port)):
+                await layer.send("a", {})
+            async with create_task_group() as tg:
+                got: list[Any] = []
+
+                async def read() -> None:
+                    got.append(await layer.receive("a"))
+
+                tg.start_soon(read)
+                await until(lambda: layer.statistics().waiting_receivers == 1)
+                client.replicaof("NO", "ONE")
+                await layer.send("a", {"n": 1})
+                await until(lambda: got)
+
+
+@both
+async def test_loading(kind: Kind, tmp_path: Path) -> None:
+    """LOADING: a layer waits until Redis has loaded its data, if that is soon enough."""
+    with RedisServer(tmp_path) as server:
+        with server.client() as client:
+            for number in range(500):
+                client.set(f"key{number}", "value")
+            client.save()
+        port = server.port
+        # 500 keys of 2 ms each, and it answers in between.
+        slow = ("--key-load-delay", "2000", "--loading-process-events-interval-bytes", "1024")
+        await to_thread.run_sync(server.kill)
+    with RedisServer(tmp_path, *slow, "--dbfilename", "dump.rdb", port=port) as server:
+        async with make(kind, server.url, connect_timeout=PATIENCE) as layer:
+            await layer.send("a", {})
+
+
+# The way in
+
+
+@both
+async def test_errors_at_opening(kind: Kind, server: RedisServer, tmp_path: Path) -> None:
+    """Wrong password, unknown host, refused port, untrusted certificate: an error that names server and cause, no password."""
+    with server.client() as client:
+        client.acl_setuser("app", enabled=True, passwords=["+right"], keys=["*"], channels=["*"], categories=["+@all"])
+    nobody = free_port()
+    cases: list[tuple[str, type[Exception], str]] = [
+        (f"redis://app:wr0ng-secret@{server.host}:{server.port}", redis.exceptions.AuthenticationError, "WRONGPASS"),
+        (
+            f"redis://127.0.0.1:{nobody}",
+            redis.exceptions.ConnectionError,
+            f"127.0.0.1:{nobody} cannot be reached.*refused|failed",
+        ),
+        (
+            "redis://no-such-host.invalid:1",
+            redis.exceptions.ConnectionError,
+            "no-such-host.invalid:1 cannot be reached",
+        ),
+        (f"unix://{tmp_path}/nothing.sock", redis.exceptions.ConnectionError, "nothing.sock cannot be reached"),
+    ]
+    for url, error, words in cases:
+        layer = make(kind, url, connect_timeout=0.5)
+        with pytest.raises(error, match=words) as caught:
+            await layer.__aenter__()
+        assert "wr0ng-secret" not in f"{caught.value!r} {caught.value} {caught.value.__cause__!r} {layer!r}"
+        with pytest.raises(RuntimeError, match="is not open; write 'async with layer:'"):
+            await layer.send("a", {})
+    async with make(kind, f"redis://app:right@{server.host}:{server.port}") as layer:
+        await layer.send("a", {})
+
+
+@both
+async def test_tls(kind: Kind, server: RedisServer, tmp_path: Path) -> None:
+    """rediss:// verifies the certificate by default, and works with the right authority; an untrusted one is said so."""
+    certificates = make_certificates(tmp_path)
+    async with TLSProxy(server.host, server.port, certificates) as proxy:
+        with pytest.raises(redis.exceptions.ConnectionError, match=f"{proxy.port} cannot be reached.*certificate"):
+            await make(kind, proxy.url).__aenter__()
+        async with (
+            make(kind, f"{proxy.url}?ssl_ca_certs={certificates.ca_file}") as layer,
+            layer.subscribe("room") as inbox,
+        ):
+            await layer.group_send("room", {"n": 1})
+            assert await inbox.receive() == {"n": 1}
+        async with make(kind, f"{proxy.url}?ssl_cert_reqs=none") as layer:
+            await layer.send("a", {})
+
+
+@both
+async def test_unix_socket_user_and_database(kind: Kind, server: RedisServer) -> None:
+    """A unix socket, an ACL user and a database number all work."""
+    with server.client() as client:
+        client.acl_setuser("other", enabled=True, passwords=["+pw"], keys=["*"], channels=["*"], categories=["+@all"])
+    url = f"unix://other:pw@{server.unix_socket}?db=3&client_name=chat"
+    async with make(kind, url) as layer, layer.subscribe("room") as inbox:
+        await layer.group_send("room", {"n": 1})
+        assert await inbox.receive() == {"n": 1}
+        with server.client() as client:
+            ours = [one for one in client.client_list() if one["user"] == "other"]
+            assert {(one["name"], one["db"]) for one in ours} == {("chat", "3")}
+
+
+async def test_no_permission(server: RedisServer) -> None:
+    """An ACL that forbids a key: the sender and the reader of that channel are told which server refused; others are not."""
+    with server.client() as client:
+        client.acl_setuser(
+            "app", enabled=True, passwords=["+pw"], keys=["asgi:*", "asgigood", "asgispecific*"], channels=["*"],
+            categories=["+@all", "-@dangerous"],
+        )  # fmt: skip
+    async with (
+        make(QUEUE, f"redis://app:pw@{server.host}:{server.port}", prefix="asgi") as layer,
+        create_task_group() as tg,
+    ):
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("good"))
+
+        tg.start_soon(read)
+        await until(lambda: layer._popping)
+        for call in (lambda: layer.send("bad", {}), lambda: layer.receive("bad")):
+            with pytest.raises(redis.exceptions.ResponseError, match=str(server.port)), fail_after(PATIENCE):
+                await call()
+        await layer.send("good", {"n": 1})
+        await until(lambda: got == [{"n": 1}])
+        async with layer.subscribe("room") as inbox:
+            await layer.group_send("room", {"n": 2})
+            with fail_after(PATIENCE):
+                assert await inbox.receive() == {"n": 2}
+
+
+async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
+    """An ACL that forbids a Redis channel: whoever would subscribe is told, and nothing is left of the attempt."""
+    with server.client() as client:
+        client.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["*"], channels=["good*"], categories=["+@all"])
+    async with make(PUBSUB, f"redis://app:pw@{server.host}:{server.port}") as layer:
+        for call in (lambda: layer.receive("bad"), layer.new_channel, layer.subscribe().__aenter__):
+            with pytest.raises(redis.exceptions.NoPermissionError, match=str(server.port)):
+                await call()
+        assert not layer._wanted
+        channel = await layer.new_channel("good")
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            await layer.group_add("room", channel)
+        assert await layer.group_channels("room") == set()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n" * 20, b"$-5\r\n", b"-ERR no\r\n" * 9]
+)
+@both
+async def test_a_server_that_is_no_redis(kind: Kind, answer: bytes) -> None:
+    """Nonsense, or nothing at all: an error within connect_timeout that names the server."""
+    async with Script(answer) as server:
+        with pytest.raises(redis.exceptions.RedisError, match=str(server.port)), fail_after(PATIENCE):
+            await make(kind, server.url, connect_timeout=0.3).__aenter__()
+
+
+@both
+async def test_cut_after_every_byte(kind: Kind, server: RedisServer) -> None:
+    """The connection cut after N bytes, for every N of a handshake and a send: an error or success, never a hang or both."""
+    async with Proxy(server.host, server.port) as proxy, make(kind, proxy.url) as layer:
+        await layer.send("a", {"n": 0})
+        lengths = {"n_bytes_to_server": proxy.bytes_to_server, "n_bytes_to_client": proxy.bytes_to_client}
+    outcomes: set[str] = set()
+    limiter = anyio.CapacityLimiter(16)
+
+    async def attempt(limit: dict[str, int]) -> None:
+        async with limiter, Proxy(server.host, server.port) as proxy:
+            proxy.cut_after(**limit)
+            layer = make(kind, proxy.url, connect_timeout=0.05, timeout=0.5)
+            with fail_after(PATIENCE), suppress(redis.exceptions.RedisError):
+                async with layer:
+                    try:
+                        await layer.send("a", {"n": 1})
+                    except redis.exceptions.RedisError as error:
+                        outcomes.add("may have" if "may have run" in str(error) else "not sent")
+                        if kind is QUEUE and "not sent" in str(error):
+                            with server.client() as client:
+                                assert client.zcard(f"{layer.prefix}a") == 0
+                    else:
+                        outcomes.add("sent")
+
+    async with create_task_group() as tg:
+        for direction, length in lengths.items():
+            for count in range(1, length + 2):
+                tg.start_soon(attempt, {direction: count})
+    assert {"sent", "may have"} <= outcomes
+
+
+# The connection is dead and nobody says so
+
+
+@both
+async def test_half_open(kind: Kind, server: RedisServer) -> None:
+    """A connection that swallows everything is noticed by a layer that only listens, within keep_alive + timeout."""
+    async with Proxy(server.host, server.port) as proxy:
+        async with (
+            make(kind, proxy.url, keep_alive=0.2, timeout=0.2, connect_timeout=0.5) as layer,
+            layer.subscribe("room") as inbox,
+        ):
+            await until(lambda: layer.statistics().connections == len(layer._links))
+            proxy.swallow()
+            await until(lambda: layer.statistics().connections == 0)
+            proxy.stop_swallowing()
+            await until(lambda: layer.statistics().connections == len(layer._links))
+            with server.client() as client:
+                if kind is QUEUE:
+                    await until(lambda: client.zcard(layer.group_key("room")) == 1)
+            async with make(kind, server.url, prefix=layer.prefix) as other:
+                await other.group_send("room", {"n": 1})
+            with fail_after(PATIENCE):
+                assert await inbox.receive() == {"n": 1}
+
+
+@both
+async def test_an_idle_reader_waits_for_ever(kind: Kind, server: RedisServer) -> None:
+    """A reader idle for many time-outs and keep-alives still waits, on the same connection."""
+    async with make(kind, server.url, keep_alive=0.05, timeout=0.3) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("a"))
+
+        tg.start_soon(read)
+        await until(lambda: layer.statistics().waiting_receivers == 1)
+        before = layer.statistics().commands
+        await until(lambda: layer.statistics().commands > before + 20)  # keep-alives only
+        assert not got
+        assert layer.statistics().reconnects == 0
+        await layer.send("a", {"n": 1})
+        await until(lambda: got == [{"n": 1}])
+
+
+@both
+async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
+    """1,000 readers hold at most 3 connections, send nothing while idle, all receive, and leave no connection behind."""
+    with server.client() as client:
+        async with make(kind, server.url) as layer, create_task_group() as tg:
+            got: list[Any] = []
+
+            async def read(number: int) -> None:
+                if number % 2:
+                    async with layer.subscribe("room") as inbox:
+                        got.append(await inbox.receive())
+                else:
+                    got.append(await layer.receive(f"normal.{number}"))
+
+            for number in range(1000):
+                tg.start_soon(read, number)
+            await until(lambda: layer.statistics().waiting_receivers == 1000)
+            await until(lambda: layer.statistics().connections == len(layer._links))
+            assert len(client.client_list()) - 1 <= 3
+            await layer._execute("PING")
+            if isinstance(layer, RedisChannelLayer):
+                await layer._until_pop_ends()
+                await until(lambda: len(layer._blocked) == 500 and not layer._waking)
+                await layer._until_pop_ends()
+            before = layer.statistics().commands
+            started = time.monotonic()
+            await anyio.sleep(0.3)  # idle; a keep-alive comes every 15 seconds
+            assert layer.statistics().commands == before or time.monotonic() - started > 10
+            await layer.group_send("room", {"n": 0})
+            for number in range(0, 1000, 2):
+                await layer.send(f"normal.{number}", {"n": number})
+            await until(lambda: len(got) == 1000)
+        await until(lambda: len(client.client_list()) == 1)
+
+
+# What others put under our names
+
+
+def payload(message: Any, prefix: bytes = b"x" * 12) -> bytes:
+    return prefix + bytes(msgpack.packb(message))
+
+
+DAMAGED = [
+    b"",
+    b"short",
+    b"x" * 12,
+    b"x" * 12 + b"\xc1",
+    payload([1]),
+    payload(5),
+    payload({"a": 1}) + b"junk",
+    payload({"a": 1})[:-1],
+]
+
+
+async def test_damaged_entries_in_queues(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Foreign and damaged entries under our keys are skipped, counted, and logged once per channel; readers go on."""
+    layer = make(QUEUE, server.url)
+    async with layer, layer.subscribe("room") as inbox, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read(receive: Any) -> None:
+            while True:
+                got.append(await receive())
+
+        tg.start_soon(read, inbox.receive)
+        tg.start_soon(read, lambda: layer.receive("normal"))
+        keys = [layer.channel_key(inbox.channel), layer.channel_key("normal")]
+        names = [
+            b"",
+            {"__asgi_channel__": 5},
+            {"__asgi_channel__": ["other!a"]},
+            {"__asgi_channel__": [1]},
+            {"no": "name"},
+        ]
+        with server.client() as client:
+            now = time.time()
+            for key in keys:
+                for number, entry in enumerate(DAMAGED):
+                    client.zadd(key, {entry or b"0": now + number / 1000})
+            for number, foreign in enumerate(names):
+                client.zadd(keys[0], {payload(foreign, b"%12d" % number): now + number / 1000})
+            client.zadd(layer.group_key("room"), {b"\xff bad name": now})
+        await until(lambda: layer.statistics().dropped_unreadable == 2 * len(DAMAGED) + len(names))
+        await layer.group_send("room", {"n": 1})
+        await layer.send("normal", {"n": 2})
+        await until(lambda: len(got) == 2)
+        tg.cancel_scope.cancel()
+    assert sorted(message["n"] for message in got) == [1, 2]
+    skipped = [record for record in caplog.records if "no message of ours" in record.getMessage()]
+    assert len(skipped) == 3  # the two keys and the group
+
+
+async def test_damaged_messages_in_pubsub(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Foreign bytes on our Redis channels are skipped, counted, and logged once per channel; readers go on."""
+    layer = make(PUBSUB, server.url)
+    async with layer, layer.subscribe("room") as inbox:
+        with server.client() as client:
+            for entry in (b"", b"\xc1", payload([1], b""), payload({"a": 1}, b"") + b"junk"):
+                client.publish(inbox.channel, entry)
+                client.publish(layer.group_key("room"), entry)
+            client.publish(inbox.channel, payload({"__asgi_exclude__": 5, "n": 0}, b""))
+        await layer.group_send("room", {"n": 1})
+        with fail_after(PATIENCE):
+            assert (await inbox.receive())["n"] == 0
+            assert await inbox.receive() == {"n": 1}
+        assert layer.statistics().dropped_unreadable == 8
+    assert len([record for record in caplog.records if "no message of ours" in record.getMessage()]) <= 2
+
+
+@both
+async def test_tokens_that_cannot_be_read(kind: Kind, server: RedisServer) -> None:
+    """What was encrypted with another key, or so long ago that it expired, or not at all, is skipped and counted."""
+    import base64
+    import hashlib
+
+    def fernet(key: str) -> Fernet:
+        return Fernet(base64.urlsafe_b64encode(hashlib.sha256(key.encode()).digest()))
+
+    layer = make(kind, server.url, symmetric_encryption_keys=["right"], expiry=10)
+    async with layer, layer.subscribe() as inbox:
+        body = bytes(msgpack.packb({"__asgi_channel__": inbox.channel, "n": 0}))
+        tokens = [fernet("wrong").encrypt(body), body]
+        if kind is QUEUE:
+            tokens.append(fernet("right").encrypt_at_time(body, int(time.time()) - 3600))
+        with server.client() as client:
+            for number, token in enumerate(tokens):
+                if kind is QUEUE:
+                    client.zadd(layer.channel_key(inbox.channel), {b"%12d" % number + token: time.time()})
+                else:
+                    client.publish(inbox.channel, token)
+        await layer.send(inbox.channel, {"n": 1})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 1}
+        assert layer.statistics().dropped_unreadable == len(tokens)
+
+
+async def test_a_key_of_another_type(server: RedisServer) -> None:
+    """A key of ours that holds something else: its sender and its reader are told; other readers go on."""
+    layer = make(QUEUE, server.url, keep_alive=0.3)
+    async with layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read(channel: str) -> None:
+            try:
+                got.append(await layer.receive(channel))
+            except redis.exceptions.ResponseError as error:
+                got.append(error)
+
+        tg.start_soon(read, "good")
+        tg.start_soon(read, "bad")
+        await until(lambda: len(layer._blocked) == 2 and layer._popping)
+        with server.client() as client:
+            client.set(layer.channel_key("bad"), "text")
+        with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+            await layer.send("bad", {})
+        with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"), fail_after(PATIENCE):
+            await layer.receive("bad")
+        await layer.send("good", {"n": 1})
+        await until(lambda: {"n": 1} in got)
+        tg.start_soon(read, "good")  # the blocking pop begins anew, with the key of another type in it
+        await until(lambda: any(isinstance(one, redis.exceptions.ResponseError) for one in got))
+        await layer.send("good", {"n": 2})
+        await until(lambda: {"n": 2} in got)
