@@ -407,6 +407,28 @@ async def test_a_task_cancelled_after_its_reply_came() -> None:
         assert next_one.result() == 2
 
 
+async def test_a_queue_of_cancelled_callers() -> None:
+    """Where everyone went before the write, there is none."""
+    stream = ScriptedStream()
+    stream.stall()
+    async with serving(stream) as connection, create_task_group() as tasks:
+        submit(connection)
+        await stream.wrote()
+        callers = [Caller(connection, number) for number in range(2)]
+        for caller in callers:
+            await tasks.start(caller.run)
+        await settle()
+        for caller in callers:
+            caller.cancel()
+        await settle()
+        stream.go_on()
+        await settle()
+        assert len(stream.written) == 1
+        stream.feed(b":0\r\n")
+        stream.answer(b"+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+
+
 async def test_a_cancelled_subscriber_is_in_nobodys_way() -> None:
     """The confirmations of a cancelled SUBSCRIBE are swallowed as a reply is."""
     stream = ScriptedStream()
@@ -545,6 +567,7 @@ async def test_ended_before_it_ran() -> None:
     stream = ScriptedStream()
     connection = Connection(stream, NAME, timeout=20)
     (request,), done = submit(connection)
+    connection.submit("SET", "k", "nobody cares")
     connection.end("too early")
     await connection.run()
     assert stream.closed

@@ -151,7 +151,7 @@ class PayloadCodec(Codec):
     """How one Redis layer turns messages into payloads.
 
     ``encode`` gives the body of a message, ``address`` adds the channels it is for, ``seal`` encrypts it and makes it unique;
-    ``unseal`` and ``decode`` are the way back. A body is what ``max_message_size`` counts.
+    ``unseal`` and ``decode_body`` are the way back. A body is what ``max_message_size`` counts.
     """
 
     __slots__ = ("_crypter", "_is_json", "_prefix_length", "_ttl")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from .base import BaseChannelLayer
 
@@ -163,7 +163,7 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
     rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
-    host = urlunsplit((server, parts.netloc, parts.path, rest, parts.fragment))
+    host = f"{server}://{url.partition('://')[2].partition('?')[0]}" + (f"?{rest}" if rest else "")
     if kind == "pubsub":
         _require_known_options(options, (*_REDIS_OPTIONS, "on_disconnect", "on_reconnect"))
         if "random_prefix_length" in in_query:

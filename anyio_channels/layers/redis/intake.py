@@ -242,7 +242,7 @@ class QueueIntake(RedisLayer):
         rung: list[Waiter] = []
         with self._room:
             now = self._clock()
-            self._arrive(channel, popped, now + self.expiry - (server_time - float(score)), now, rung)
+            self._arrive(channel, popped, now + self.expiry - max(0.0, server_time - float(score)), now, rung)
         self._room.wake(rung)
 
     def _fail_readers(self, channel: QueueChannel, error: Exception) -> None:
@@ -448,7 +448,7 @@ class QueueIntake(RedisLayer):
         dropped: list[str] = []
         with self._room:
             now = self._clock()
-            expires_at = now + self.expiry - (server_time - score)
+            expires_at = now + self.expiry - max(0.0, server_time - score)
             channels = self._here.channels
             for name in names:
                 channel = channels.get(name) or self._here.add(name)

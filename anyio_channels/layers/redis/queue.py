@@ -413,6 +413,7 @@ class RedisChannelLayer(QueueIntake):
         """The connection for commands is up: say what this process holds."""
         if self._link.connects > 1:
             self._mark_outage()
+        self._link.call_soon(TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
         self._leave_now()
         self._rejoin()
         self._give_back_late()
@@ -441,9 +442,18 @@ class RedisChannelLayer(QueueIntake):
     def _tick_seconds(self) -> float:
         return min(self.keep_alive, self.group_expiry / 3)
 
+    @property
+    def _prefix_key(self) -> str:
+        """The key that says that the prefix is used, so that flushing a shorter one spares it."""
+        return f"{self.prefix}:prefix"
+
+    @property
+    def _prefix_life(self) -> float:
+        return 2 * max(self.group_expiry, self.expiry)
+
     async def _tick(self) -> None:
         before = time.monotonic()
-        there, now = await self._link.call(TICK, [f"{self.prefix}:prefix"], 2 * max(self.group_expiry, self.expiry))
+        there, now = await self._link.call(TICK, [self._prefix_key], self._prefix_life)
         self._link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
         self._popper.clock_offset = self._link.clock_offset
         if not there or before - self._renewed_at >= self.group_expiry / 3:

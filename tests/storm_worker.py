@@ -1,0 +1,287 @@
+"""One process of the storm on Redis: it sends, receives and is cancelled at random, and tells its parent what it did.
+
+Rules:
+- it is started with a :class:`Plan` as JSON; it says lines of JSON, and goes on when the parent says one.
+- a sender numbers its messages, so a message is known by ``worker.sender.number``; it tries the next when one is done.
+- nothing lies between an operation's last await and the note made of it, so the notes are exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import anyio
+from anyio import CancelScope, create_task_group, sleep, to_thread
+
+from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.layers.redis.layer import RedisLayer
+
+SINGLE = ["single.0", "single.1", "single.2"]
+"""Normal channels that one task reads: in the queue layer that of the worker with the number, in pub/sub one in each."""
+SHARED = [f"shared.{number}" for number in range(7)]
+"""Normal channels that all read."""
+GROUPS = ["group.0", "group.1", "group.2"]
+PASSING = "passing"
+"""The group of those who come and go."""
+INBOXES = 10
+SENDERS = 30
+READERS = 30
+VISITORS = 3
+CAPACITY = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker is to do."""
+
+    kind: str
+    backend: str
+    number: int
+    url: str
+    prefix: str
+    seed: int
+    messages: int
+
+    def make_layer(self) -> RedisLayer:
+        options: dict[str, Any] = {"prefix": self.prefix, "expiry": 600, "timeout": 20}
+        if self.kind == "queue":
+            return RedisChannelLayer([self.url], capacity=CAPACITY, **options)
+        return RedisPubSubChannelLayer([self.url], capacity=100_000, **options)
+
+
+@dataclass
+class Books:
+    """What went in and what came out."""
+
+    sent: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Of each message where it was sent, and what became of that: ``"sent"``, ``"full"`` or ``"cancelled"``."""
+    received: dict[str, list[str]] = field(default_factory=dict)
+    """The messages of each channel, in the order in which they came."""
+    accepted: int = 0
+    """What the statistics of the layer should call sent, but for groups."""
+    taken: int = 0
+    """What the statistics of the layer should call received."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    logged: list[str] = field(default_factory=list)
+    """What the layer said, but for full members of groups."""
+
+
+class Sender:
+    """Numbers its messages."""
+
+    def __init__(self, worker: Worker, name: str) -> None:
+        self.worker = worker
+        self.name = f"{worker.plan.number}.{name}"
+        self.count = 0
+
+    async def send(self, target: str, send: Callable[[dict[str, Any]], Awaitable[None]], accepted: int) -> None:
+        books = self.worker.books
+        self.count += 1
+        message = f"{self.name}.{self.count}"
+        books.sent[message] = (target, "cancelled")
+        try:
+            await send({"id": message})
+        except ChannelFull:
+            books.sent[message] = (target, "full")
+        else:
+            books.sent[message] = (target, "sent")
+            books.accepted += accepted
+
+
+class Worker:
+    """A process of the storm."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.random = random.Random(f"{plan.seed}.{plan.number}")
+        self.layer = plan.make_layer()
+        self.other = plan.make_layer()
+        self.books = Books()
+        self.running: dict[object, Callable[[], object]] = {}
+        self.left = plan.messages
+        self.native = False
+
+    # Between the worker and its parent
+
+    async def say(self, **what: Any) -> Any:
+        """Say it, and return what the parent answers; ``None`` when that is nothing."""
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+        line = await to_thread.run_sync(sys.stdin.readline)
+        return json.loads(line) if line else None
+
+    async def run(self) -> None:
+        self.native = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+        async with self.layer, self.other:
+            async with AsyncExitStack() as stack:
+                mine = {}
+                for number in range(INBOXES):
+                    groups = GROUPS if number == 0 else [GROUPS[number % len(GROUPS)]]
+                    inbox = await stack.enter_async_context(self.layer.subscribe(*groups))
+                    mine[inbox.channel] = groups
+                if self.plan.kind == "pubsub":
+                    for channel in (*SINGLE, *SHARED):
+                        await self.until_kept(channel)
+                inboxes: dict[str, list[str]] = (await self.say(inboxes=mine))["inboxes"]
+                await self.storm(list(mine), inboxes)
+                await self.say(done="quiet")  # no worker does anything now
+                for channel in mine if self.plan.kind == "queue" else (*mine, *SINGLE, *SHARED):
+                    await self.drain(channel)
+                self.books.statistics = asdict(self.layer.statistics())
+        await self.say(**asdict(self.books))
+
+    # The storm
+
+    async def storm(self, mine: list[str], inboxes: dict[str, list[str]]) -> None:
+        """Send so many messages as planned, and read until the others have sent theirs too."""
+        members = {group: sum(group in groups for groups in inboxes.values()) for group in GROUPS}
+        single = SINGLE if self.plan.kind == "pubsub" else [SINGLE[self.plan.number]]
+        async with create_task_group() as readers:
+            readers.start_soon(self.strike)
+            for channel in (*mine, *single):
+                readers.start_soon(self.read, lambda channel=channel: channel)
+            for _ in range(READERS - len(mine) - len(single)):
+                readers.start_soon(self.read, lambda: self.random.choice(SHARED))
+            for number in range(VISITORS):
+                readers.start_soon(self.visit, Sender(self, f"visitor-{number}"))
+            async with create_task_group() as senders:
+                for number in range(SENDERS):
+                    senders.start_soon(self.send, Sender(self, str(number)), list(inboxes), members)
+            await self.say(done="sending")
+            readers.cancel_scope.cancel()
+        # What was sent or left without waiting is on these connections: it has happened when this is answered.
+        for layer in (self.layer, self.other):
+            await layer.group_send("nobody", {})
+
+    async def strike(self) -> None:
+        """Cancel one wait after the other."""
+        while True:
+            await sleep(self.random.random() * 0.004)
+            for _ in range(self.random.randrange(8)):
+                if self.running:
+                    self.running.pop(self.random.choice(list(self.running)))()
+
+    async def send(self, sender: Sender, inboxes: list[str], members: dict[str, int]) -> None:
+        layer = self.layer
+
+        async def once() -> None:
+            wait = self.random.random() < 0.5
+            draw = self.random.random()
+            if draw < 0.1:
+                group = self.random.choice(GROUPS)
+                accepted = members[group] if self.plan.kind == "queue" else 1
+                await sender.send(group, lambda message: layer.group_send(group, message), accepted)
+            else:
+                channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED])
+                await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
+
+        while self.left > 0:
+            self.left -= 1
+            await self.risk(once)
+
+    async def read(self, choose: Callable[[], str]) -> None:
+        async def once() -> None:
+            channel = choose()
+            self.note(channel, await self.layer.receive(channel))
+
+        while True:
+            await self.risk(once)
+
+    def note(self, channel: str, message: dict[str, Any]) -> None:
+        self.books.taken += 1
+        if "id" in message:
+            self.books.received.setdefault(channel, []).append(message["id"])
+
+    async def visit(self, sender: Sender) -> None:
+        """Come, say something, hear a little and go, and be cancelled anywhere in that."""
+        layer = self.other
+
+        async def once() -> None:
+            async with layer.subscribe(PASSING) as inbox:
+                await sender.send(PASSING, lambda message: layer.group_send(PASSING, message), 0)
+                for _ in range(self.random.randrange(4)):
+                    message = await inbox.receive()
+                    self.books.received.setdefault(inbox.channel, []).append(message["id"])
+
+        while True:
+            await self.risk(once)
+
+    async def risk(self, once: Callable[[], Awaitable[None]]) -> None:
+        """Do it once, in a scope that somebody may cancel; or, on asyncio, in a task of its own."""
+        me = object()
+        try:
+            if self.native and self.random.random() < 0.5:
+                await self.in_a_native_task(me, once)
+            else:
+                with CancelScope() as scope:
+                    self.running[me] = scope.cancel
+                    await once()
+        finally:
+            self.running.pop(me, None)
+
+    async def in_a_native_task(self, me: object, once: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.ensure_future(once())
+        self.running[me] = task.cancel
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                task.cancel()
+                raise
+
+    # Before and after
+
+    async def until_kept(self, channel: str) -> None:
+        """From now on what is sent to the normal channel is kept here: that begins with a reader."""
+
+        async def read() -> None:
+            self.note(channel, await self.layer.receive(channel))
+            tasks.cancel_scope.cancel()
+
+        async with create_task_group() as tasks:
+            tasks.start_soon(read)
+            while True:
+                await self.layer.send(channel, {"type": "begin"})
+                self.books.accepted += 1
+
+    async def drain(self, channel: str) -> None:
+        """Receive all that was sent to the channel before, if this worker is all that reads it."""
+        end = {"type": "end", "by": self.plan.number}
+        await self.layer.send(channel, end, wait=True)
+        self.books.accepted += 1
+        message: dict[str, Any] = {}
+        while message != end:
+            message = await self.layer.receive(channel)
+            self.note(channel, message)
+
+
+class Log(logging.Handler):
+    """Keeps what the layer says, but for what it is made to say here."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "of its members were full" not in (text := record.getMessage()):
+            self.texts.append(text)
+
+
+def main() -> None:
+    plan = Plan(**json.loads(sys.argv[1]))
+    worker = Worker(plan)
+    logging.getLogger("anyio_channels").addHandler(Log(worker.books.logged))
+    backend, _, loop = plan.backend.partition("+")
+    anyio.run(worker.run, backend=backend, backend_options={"use_uvloop": True} if loop == "uvloop" else {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,596 @@
+"""What the layers on Redis do beyond the contract that all layers share."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import redis
+import redis.exceptions
+from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, new_prefix
+from redis_server import RedisServer
+
+import anyio_channels
+from anyio_channels import (
+    ChannelFull,
+    RedisChannelLayer,
+    RedisPubSubChannelLayer,
+    create_channel_layer,
+    create_redis_channel_layer,
+)
+from anyio_channels.layers.redis.layer import RedisLayer
+
+PATIENCE = 20.0
+both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+asynchronous = pytest.mark.anyio
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what must happen on the other side of a network."""
+    with fail_after(PATIENCE):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+def make(kind: Kind, server: RedisServer, **options: Any) -> Any:
+    return kind.layer_class([server.url], **{"prefix": new_prefix(), **options})
+
+
+# Opening, closing, and whose layer it is
+
+
+@asynchronous
+@both
+async def test_not_open(kind: Kind, redis_server: RedisServer) -> None:
+    """A layer used before it is open says what to write."""
+    layer = make(kind, redis_server)
+    for call in (lambda: layer.send("a", {}), lambda: layer.receive("a"), layer.new_channel, layer.flush):
+        with pytest.raises(RuntimeError, match="is not open; write 'async with layer:'"):
+            await call()
+    await layer.close()
+    async with layer:
+        await layer.send("a", {})
+    with pytest.raises(ClosedResourceError, match="open it again with 'async with layer:'"):
+        await layer.send("a", {})
+    async with layer:
+        await layer.send("a", {})
+
+
+@asynchronous
+@both
+async def test_errors_of_the_block_come_out_as_they_are(kind: Kind, redis_server: RedisServer) -> None:
+    """An error, a group of errors and a cancellation leave the block of a layer unwrapped."""
+    with pytest.raises(ValueError, match="plain"):
+        async with make(kind, redis_server):
+            raise ValueError("plain")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with make(kind, redis_server), create_task_group():
+            raise ValueError("grouped")
+    assert [type(one) for one in caught.value.exceptions] == [ValueError]
+    with anyio.CancelScope() as scope:
+        async with make(kind, redis_server):
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+
+
+@asynchronous
+@both
+async def test_cancelled_while_opening(kind: Kind, redis_server: RedisServer) -> None:
+    """Opening can be cancelled at any point, and leaves no connection and no task behind."""
+    name = new_prefix()
+    url = f"{redis_server.url}?client_name={name}"
+    with redis_server.client() as client:
+        for checkpoints in range(12):
+            with anyio.CancelScope() as scope:
+
+                async def cancel(scope: anyio.CancelScope = scope, checkpoints: int = checkpoints) -> None:
+                    for _ in range(checkpoints):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+
+                async with create_task_group() as tg:
+                    tg.start_soon(cancel)
+                    async with kind.layer_class([url]) as layer:
+                        await layer.send("a", {})
+            await until(lambda: not [one for one in client.client_list() if one["name"] == name])
+
+
+@both
+def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    """A layer used from another event loop than the one that opened it says so at once."""
+
+    async def use(layer: Any) -> None:
+        with pytest.raises(RuntimeError, match="was opened in another event loop"):
+            await layer.send("a", {})
+
+    async def main() -> None:
+        async with make(kind, redis_server) as layer:
+            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="trio"))
+            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="asyncio"))
+            await layer.send("a", {})
+
+    anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])
+
+
+@asynchronous
+@both
+async def test_left_open(kind: Kind, redis_server: RedisServer) -> None:
+    """A layer that was opened and never closed is a ResourceWarning."""
+    layer = make(kind, redis_server)
+    layer._opened = True
+    with pytest.warns(ResourceWarning, match="unclosed channel layer <Redis"):
+        del layer
+        gc.collect()
+
+
+@asynchronous
+@both
+async def test_nothing_is_left_in_redis(kind: Kind, redis_server: RedisServer) -> None:
+    """After closing, inboxes have left no key, no subscription and no connection; one key says that the prefix is used."""
+    name = new_prefix()
+    with redis_server.client() as client:
+        async with kind.layer_class([f"{redis_server.url}?client_name={name}"], prefix=name) as layer:
+            async with layer.subscribe("room", "other") as inbox:
+                await layer.group_send("room", {"n": 1})
+                await layer.send(inbox.channel, {"n": 2})
+            await layer.new_channel()
+        await until(lambda: not [one for one in client.client_list() if one["name"] == name])
+        assert {key.decode() for key in client.keys(f"{name}*")} <= {f"{name}:prefix"}
+        assert not client.pubsub_channels(f"{name}*")
+
+
+@asynchronous
+async def test_closing_gives_back(redis_server: RedisServer) -> None:
+    """What was on its way to a reader of a normal channel is in Redis again after closing, in its place."""
+    layer = make(QUEUE, redis_server)
+    other = make(QUEUE, redis_server, prefix=layer.prefix)
+    async with other:
+        async with layer, create_task_group() as tg:
+            # Popped for a reader who is cancelled at the same moment: it is here, and nobody's.
+            source = layer._channel("a")
+            scope = anyio.CancelScope()
+
+            async def read() -> None:
+                with scope:
+                    await layer.receive("a")
+
+            tg.start_soon(read)
+            await until(lambda: source.blocked and layer._popping)
+            await other.send("a", {"n": 1})
+            await other.send("a", {"n": 2})
+            await until(lambda: source.entries or scope.cancelled_caught or not layer.statistics().waiting_receivers)
+            scope.cancel()
+        got = [await other.receive("a") for _ in range(1)]
+        assert got[0]["n"] in (1, 2)
+
+
+@asynchronous
+async def test_reopened_layer_is_blank(redis_server: RedisServer) -> None:
+    """A layer opened again has new names, and nothing of what it held."""
+    layer = make(PUBSUB, redis_server)
+    async with layer:
+        first = await layer.new_channel()
+        await layer.send(first, {"n": 1})
+        await until(lambda: layer.statistics().buffered_messages)
+    async with layer:
+        assert layer.statistics().buffered_messages == layer.statistics().sent == 0
+        assert (await layer.new_channel()).split("!")[0] != first.split("!")[0]
+
+
+# Channels and their neighbours
+
+
+@asynchronous
+@both
+async def test_a_slow_reader_costs_its_neighbours_nothing(kind: Kind, redis_server: RedisServer) -> None:
+    """A channel that nobody reads never costs another of its process a message or a ChannelFull; what it misses is counted."""
+    layer = make(kind, redis_server, capacity=10)
+    sender = make(kind, redis_server, capacity=10, prefix=layer.prefix)
+    async with layer, sender, layer.subscribe("room") as idle, layer.subscribe("room") as busy:
+        for number in range(100):
+            await sender.send(idle.channel, {"n": number})
+            await sender.send(busy.channel, {"n": number})
+            assert await busy.receive() == {"n": number}
+        assert layer.statistics().dropped_full == 90
+        assert [(await idle.receive())["n"] for _ in range(10)] == list(range(10))
+
+
+@asynchronous
+async def test_capacity_is_exact_among_processes(redis_server: RedisServer) -> None:
+    """100 sends at once from each of two layers to one channel of capacity 5: five are accepted, no more."""
+    prefix = new_prefix()
+    one, two = (make(QUEUE, redis_server, capacity=5, prefix=prefix) for _ in range(2))
+    accepted: list[int] = []
+
+    async def send(layer: Any, number: int) -> None:
+        try:
+            await layer.send("a", {"n": number})
+        except ChannelFull:
+            return
+        accepted.append(number)
+
+    async with one, two, create_task_group() as tg:
+        for number in range(100):
+            tg.start_soon(send, one, number)
+            tg.start_soon(send, two, -number)
+    assert len(accepted) == 5
+
+
+@asynchronous
+async def test_order_by_the_servers_clock(redis_server: RedisServer) -> None:
+    """Messages keep their order although the clock of another client runs ahead; one that is far ahead is not followed."""
+    layer = make(QUEUE, redis_server)
+    async with layer:
+        with redis_server.client() as client:
+            entry = b"x" * 12 + b"\x81\xa1n\x00"
+            client.zadd(layer.channel_key("a"), {entry: time.time() + 0.5})
+            for number in range(1, 5):
+                await layer.send("a", {"n": number})
+            assert [(await layer.receive("a"))["n"] for _ in range(5)] == [0, 1, 2, 3, 4]
+            client.zadd(layer.channel_key("a"), {entry: time.time() + 500})
+            await layer.send("a", {"n": 1})
+            assert [(await layer.receive("a"))["n"] for _ in range(2)] == [1, 0]
+
+
+@asynchronous
+async def test_many_messages_at_once_keep_their_order(redis_server: RedisServer) -> None:
+    """More messages than are popped at once, sent before anybody reads: each comes once and in order."""
+    layer = make(QUEUE, redis_server, capacity=5000)
+    async with layer, make(QUEUE, redis_server, capacity=5000, prefix=layer.prefix) as sender:
+        for channel in (await sender.new_channel(), "normal"):
+            async with create_task_group() as tg:
+                for number in range(2500):
+                    tg.start_soon(sender.send, channel, {"n": number})
+            reader = sender if "!" in channel else layer
+            got = [(await reader.receive(channel))["n"] for _ in range(2500)]
+            assert sorted(got) == list(range(2500))
+
+
+@asynchronous
+async def test_readers_in_several_layers_share(redis_server: RedisServer) -> None:
+    """Each message of a normal channel goes to one reader, wherever that is; who was cancelled took nothing."""
+    prefix = new_prefix()
+    one, two = (make(QUEUE, redis_server, prefix=prefix) for _ in range(2))
+    got: list[int] = []
+
+    async def read(layer: Any) -> None:
+        while True:
+            got.append((await layer.receive("work"))["n"])
+
+    async def give_up(layer: Any) -> None:
+        while True:
+            with anyio.move_on_after(0.001):
+                got.append((await layer.receive("work"))["n"])
+
+    async with one, two, create_task_group() as tg:
+        for layer in (one, two):
+            tg.start_soon(read, layer)
+            tg.start_soon(give_up, layer)
+        for number in range(500):
+            await one.send("work", {"n": number}, wait=True)
+        await until(lambda: len(got) >= 500)
+        tg.cancel_scope.cancel()
+    assert sorted(got) == list(range(500))
+
+
+@asynchronous
+async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> None:
+    """send(wait=True) goes on as soon as a reader in another layer, or one that announces nothing, has made room."""
+    prefix = new_prefix()
+    one, two = (make(QUEUE, redis_server, prefix=prefix, capacity=1) for _ in range(2))
+    async with one, two:
+        await one.send("a", {"n": 0})
+        async with create_task_group() as tg:
+            tg.start_soon(lambda: one.send("a", {"n": 1}, wait=True))
+            with redis_server.client() as client:
+                await until(lambda: client.exists(one._room_key(one.channel_key("a"))))
+            assert await two.receive("a") == {"n": 0}
+        async with create_task_group() as tg:
+            tg.start_soon(lambda: one.send("a", {"n": 2}, wait=True))
+            await anyio.wait_all_tasks_blocked()
+            with redis_server.client() as client:
+                await until(lambda: client.exists(one._room_key(one.channel_key("a"))))
+                client.zpopmin(one.channel_key("a"))  # as channels_redis does: nobody is told
+        assert await two.receive("a") == {"n": 2}
+        assert not one._rooms
+
+
+@asynchronous
+async def test_waiting_for_room_through_an_outage(tmp_path: Any) -> None:
+    """A sender that waits for room is told when Redis goes away, and nothing of its wait is left."""
+    with RedisServer(tmp_path) as server:
+        layer = make(QUEUE, server, capacity=1, timeout=0.3)
+        async with layer:
+            await layer.send("a", {})
+            async with create_task_group() as tg:
+                failed: list[Exception] = []
+
+                async def send() -> None:
+                    try:
+                        await layer.send("a", {}, wait=True)
+                    except redis.exceptions.ConnectionError as error:
+                        failed.append(error)
+
+                tg.start_soon(send)
+                await until(lambda: layer._rooms)
+                await to_thread.run_sync(server.kill)
+                await until(lambda: failed)
+            assert not layer._rooms
+
+
+# Expiry, in Redis and here
+
+
+@asynchronous
+async def test_expired_on_the_way(redis_server: RedisServer) -> None:
+    """A message that expired in Redis is not delivered, whichever way it is popped."""
+    layer = make(QUEUE, redis_server, expiry=10)
+    with redis_server.client() as client:
+        async with layer, layer.subscribe() as inbox:
+            await layer.send("a", {"n": 1})
+            grow_older(client, layer.prefix, 11)
+            await layer.send("a", {"n": 2})
+            assert await layer.receive("a") == {"n": 2}
+            await until(lambda: layer._popping)
+            # What the blocking pop hands out may be old too.
+            entry = layer._codec.seal(
+                layer._codec.address(layer._codec.encode({"n": 3}), "__asgi_channel__", inbox.channel)
+            )
+            client.zadd(layer.channel_key(inbox.channel), {entry: time.time() - 11})
+            await layer.send(inbox.channel, {"n": 4})
+            assert await inbox.receive() == {"n": 4}
+            assert layer.statistics().expired == 2
+
+
+@asynchronous
+async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
+    """A pub/sub channel on which a message expired unread is unsubscribed; an inbox is not; nor is one that is read again."""
+    now = 0.0
+    layer = make(PUBSUB, redis_server, clock=lambda: now, expiry=10)
+    with redis_server.client() as client:
+        async with layer, layer.subscribe() as inbox:
+            gone, read = await layer.new_channel(), await layer.new_channel()
+            await layer.group_add("room", gone)
+            for channel in (gone, read, inbox.channel):
+                await layer.send(channel, {})
+            await until(lambda: layer.statistics().buffered_messages == 3)
+            await layer.receive(read)
+            now = 10.0
+            assert layer.statistics().expired == 2
+            await until(lambda: not client.pubsub_numsub(gone)[0][1])
+            assert client.pubsub_numsub(read)[0][1] == client.pubsub_numsub(inbox.channel)[0][1] == 1
+            assert await layer.group_channels("room") == set()
+            with pytest.raises(RuntimeError, match="takes channels of this process, and .* is none"):
+                await layer.group_add("room", gone)
+
+
+# Flush
+
+
+@asynchronous
+async def test_flush_keeps_to_its_prefix(redis_server: RedisServer) -> None:
+    """Flushing prefix 'asgi' throws away its keys, a peer's backup queues too, and none of prefix 'asgi2' or of others."""
+    first, second = make(QUEUE, redis_server, prefix="flush*"), make(QUEUE, redis_server, prefix="flush*2")
+    async with first, second, first.subscribe("room") as inbox:
+        for layer in (first, second):
+            await layer.send("a", {"n": 1})
+            await layer.group_add("room", "b")
+        await first.send(inbox.channel, {})
+        with redis_server.client() as client:
+            client.zadd("flush*a$inflight", {b"x": 1})
+            client.set("flushother", 1)
+            await first.flush()
+            assert set(client.scan_iter("flush*")) == {
+                b"flushother", b"flush*:prefix", b"flush*2:prefix", b"flush*2a", b"flush*2:group:room",
+            }  # fmt: skip
+        assert first.statistics().buffered_messages == 0
+        assert await second.receive("a") == {"n": 1}
+
+
+# Names, numbers, words
+
+
+@asynchronous
+async def test_pubsub_groups_are_local(redis_server: RedisServer) -> None:
+    """Each process lists its own members; a broadcast reaches all, but for those excluded, wherever they are."""
+    prefix = new_prefix()
+    one, two = make(PUBSUB, redis_server, prefix=prefix), make(PUBSUB, redis_server, prefix=prefix)
+    async with one, two, one.subscribe("room") as here, two.subscribe("room") as there, two.subscribe("room") as also:
+        assert await one.group_channels("room") == {here.channel}
+        await one.group_send("room", {"n": 1}, exclude=[there.channel])
+        await one.group_send("room", {"n": 2})
+        assert [await here.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
+        assert [await also.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
+        assert await there.receive() == {"n": 2}
+
+
+@asynchronous
+async def test_a_normal_channel_of_pubsub_gives_each_process_a_copy(redis_server: RedisServer) -> None:
+    """As documented: pub/sub copies; and a channel that was read once keeps what comes for the next call."""
+    one, two = make(PUBSUB, redis_server), make(PUBSUB, redis_server)
+    async with one, two, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read(layer: Any) -> None:
+            got.append(await layer.receive("normal"))
+
+        for layer in (one, two):
+            tg.start_soon(read, layer)
+            await until(lambda layer=layer: "normal" in layer._wanted and layer._wanted["normal"].confirmed)  # type: ignore[misc]
+        await one.send("normal", {"n": 1})
+        await until(lambda: len(got) == 2)
+        await one.send("normal", {"n": 2})
+        assert await two.receive("normal") == {"n": 2}
+
+
+@asynchronous
+async def test_statistics(redis_server: RedisServer) -> None:
+    """Statistics of a layer on Redis count connections, reconnects and commands too."""
+    layer = make(QUEUE, redis_server)
+    async with layer:
+        before = layer.statistics()
+        assert (before.connections, before.reconnects) == (1, 0)
+        await layer.send("a", {})
+        after = layer.statistics()
+        assert (after.sent, after.commands > before.commands) == (1, True)
+        await layer.receive("a")
+        await until(lambda: layer.statistics().received == 1)
+    assert layer.statistics().connections == 0
+
+
+@asynchronous
+@pytest.mark.parametrize("format_", ["msgpack", "json"])
+@pytest.mark.parametrize("keys", [None, ["secret"], ["new", "secret"]])
+@both
+async def test_formats(kind: Kind, format_: Any, keys: Any, redis_server: RedisServer) -> None:
+    """MessagePack and JSON, plain and encrypted, directly and by group, with and without exclude."""
+    layer = make(kind, redis_server, serializer_format=format_, symmetric_encryption_keys=keys)
+    async with layer, layer.subscribe("room") as one, layer.subscribe("room") as two:
+        await layer.group_send("room", {"text": "é", "list": [1, None]})
+        await layer.group_send("room", {"n": 1}, exclude=[two.channel])
+        await layer.send(one.channel, {})
+        assert [await one.receive() for _ in range(3)] == [{"text": "é", "list": [1, None]}, {"n": 1}, {}]
+        assert await two.receive() == {"text": "é", "list": [1, None]}
+
+
+@asynchronous
+async def test_logged_once(redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """A full member is logged once in expiry seconds, however many messages and members; all are counted."""
+    now = 0.0
+    layer = make(QUEUE, redis_server, capacity=1, clock=lambda: now)
+    async with layer:
+        await layer.group_add("room", "a")
+        for _ in range(5):
+            await layer.group_send("room", {})
+        now = 61.0
+        await layer.group_send("room", {})
+        assert layer.statistics().dropped_full == 5
+    assert [record.levelno for record in caplog.records if "full" in record.getMessage()] == [logging.WARNING] * 2
+    for number in range(2000):
+        layer._log_once(f"{number}", "something %d", number)
+        now += 1
+    assert len(layer._quiet) <= 1001
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"prefix": 5}, TypeError, "prefix must be a str, not 5"),
+    ({"expiry": 0}, ValueError, "expiry must be a positive"),
+    ({"group_expiry": "1"}, TypeError, "group_expiry must be a number"),
+    ({"timeout": -1}, ValueError, "timeout must be a positive"),
+    ({"connect_timeout": None}, TypeError, "connect_timeout must be a number"),
+    ({"keep_alive": float("inf")}, ValueError, "keep_alive must be a positive"),
+    ({"clock": 5}, TypeError, "clock must be a function"),
+    ({"serializer_format": "pickle"}, ValueError, "serializer_format must be 'msgpack' or 'json', not 'pickle'"),
+    ({"symmetric_encryption_keys": "key"}, TypeError, "must be a list of keys"),
+    ({"hosts": "redis://localhost"}, TypeError, "hosts must be a list"),
+    ({"hosts": ["redis://a", "redis://b"]}, ValueError, "supports one"),
+    ({"capactiy": 5}, TypeError, "unexpected keyword argument 'capactiy'"),
+]
+
+
+@both
+@pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS)
+def test_bad_options(kind: Kind, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    """A bad option is an error that names it and the rule, when the layer is made."""
+    with pytest.raises(error, match=words):
+        kind.layer_class(**options)
+
+
+def test_bad_options_of_one_layer() -> None:
+    """Options that only one of the layers has are checked too."""
+    with pytest.raises(ValueError, match="random_prefix_length must be at least 1"):
+        RedisChannelLayer(random_prefix_length=0)
+    for option in ("on_disconnect", "on_reconnect"):
+        with pytest.raises(TypeError, match=f"{option} must be the type of a message"):
+            RedisPubSubChannelLayer(**{option: 5})  # type: ignore[arg-type]
+
+
+URLS: list[tuple[str, type[Any], dict[str, Any]]] = [
+    ("redis://h:1/2?prefix=p&capacity=5", RedisChannelLayer, {"prefix": "p", "capacity": 5}),
+    ("rediss://h?expiry=1.5&serializer_format=json", RedisChannelLayer, {"expiry": 1.5}),
+    ("unix:///tmp/redis.sock?db=1&random_prefix_length=16", RedisChannelLayer, {}),
+    ("redis+pubsub://h?timeout=2&keep_alive=3", RedisPubSubChannelLayer, {"timeout": 2.0, "keep_alive": 3.0}),
+    ("rediss+pubsub://h?ssl_cert_reqs=none", RedisPubSubChannelLayer, {}),
+    ("unix+pubsub:///tmp/redis.sock", RedisPubSubChannelLayer, {}),
+]
+
+
+@pytest.mark.parametrize(("url", "layer_class", "options"), URLS)
+def test_layers_from_urls(url: str, layer_class: type[Any], options: dict[str, Any]) -> None:
+    """Each scheme makes its layer, the query gives options of the layer and of the connection."""
+    layer = create_channel_layer(url)
+    assert type(layer) is layer_class
+    assert {name: getattr(layer, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "error", "words"),
+    [
+        ("redis://h?capactiy=5", {}, TypeError, "unknown option 'capactiy' of a Redis host"),
+        ("redis://h", {"capactiy": 5}, TypeError, "unknown option 'capactiy'"),
+        ("redis://h?capacity=x", {}, ValueError, "option capacity in a channel layer URL must be a number, not 'x'"),
+        ("redis://h?capacity=1", {"capacity": 2}, TypeError, "given twice"),
+        ("redis+pubsub://h?random_prefix_length=5", {}, TypeError, "the pub/sub layer has no such prefix"),
+        ("redis+pubsub://h?capacity=1", {"capacity": 2}, TypeError, "given twice"),
+        ("redis+pubsub://h", {"random_prefix_length": 5}, TypeError, "unknown option 'random_prefix_length'"),
+        ("redis://h/x", {}, ValueError, "Redis URL"),
+    ],
+)
+def test_bad_urls(url: str, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    """What a URL gets wrong is said."""
+    with pytest.raises(error, match=words):
+        create_channel_layer(url, **options)
+
+
+def test_create_redis_channel_layer() -> None:
+    """create_redis_channel_layer() makes queue layers, and nothing else."""
+    assert type(create_redis_channel_layer("redis://h", symmetric_encryption_keys=["k"])) is RedisChannelLayer
+    for url in ("memory://", "redis+pubsub://h"):
+        with pytest.raises(ValueError, match="a URL of the queue layer begins with"):
+            create_redis_channel_layer(url)
+
+
+def test_repr_has_no_password() -> None:
+    """A layer's repr names server and options, and no password."""
+    text = repr(create_channel_layer("redis://user:s3cret@h:1?capacity=7"))
+    assert re.search(r"Redis at h:1 .* capacity=7", text)
+    assert "s3cret" not in text
+
+
+def test_attributes_of_the_packages() -> None:
+    """The layers are there under both names, and what is not there is said as usual."""
+    for package in (anyio_channels, anyio_channels.layers):
+        assert package.RedisChannelLayer is RedisChannelLayer
+        with pytest.raises(AttributeError, match="has no attribute 'RedisLayer'"):
+            _ = package.RedisLayer  # type: ignore[attr-defined]
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without redis and hiredis the error says what to install."""
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("anyio_channels.layers.redis")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(anyio_channels.layers, "redis")
+    monkeypatch.setitem(sys.modules, "hiredis", None)
+    with pytest.raises(ImportError, match=r"pip install 'anyio_channels\[redis\]'"):
+        _ = anyio_channels.RedisChannelLayer
+    with pytest.raises(ImportError, match=r"a redis:// channel layer needs an extra"):
+        create_channel_layer("redis://h")
+
+
+def test_what_both_layers_share_is_not_a_layer() -> None:
+    """The common base is abstract in what makes a layer."""
+    assert (
+        {"_make_link", "_tick", "_wind_up"} <= set(RedisLayer.__abstractmethods__)
+        if hasattr(RedisLayer, "__abstractmethods__")
+        else True
+    )
