@@ -24,14 +24,22 @@ from anyio import CancelScope, create_task_group, sleep, to_thread
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis.layer import RedisLayer
 
+WORKERS = 3
 SINGLE = ["single.0", "single.1", "single.2"]
 """Normal channels that one task reads: in the queue layer that of the worker with the number, in pub/sub one in each."""
 SHARED = [f"shared.{number}" for number in range(7)]
 """Normal channels that all read."""
+NORMAL = [*SINGLE, *SHARED]
 GROUPS = ["group.0", "group.1", "group.2"]
 PASSING = "passing"
 """The group of those who come and go."""
 INBOXES = 10
+SMALL: dict[int, dict[str, Any]] = {
+    7: {"capacity": 3, "on_gap": "event"},
+    8: {"capacity": 3, "on_gap": "event"},
+    9: {"capacity": 3, "on_gap": "event", "overflow": "drop_old"},
+}
+"""The inboxes that may be full, by their numbers. The others hold whatever comes."""
 SENDERS = 30
 READERS = 30
 VISITORS = 3
@@ -56,6 +64,10 @@ class Plan:
             return RedisChannelLayer([self.url], capacity=CAPACITY, **options)
         return RedisPubSubChannelLayer([self.url], capacity=100_000, **options)
 
+    def pairs(self, members: int) -> int:
+        """What one message to a group counts in the statistics of its sender."""
+        return members if self.kind == "queue" else 1
+
 
 @dataclass
 class Books:
@@ -65,13 +77,15 @@ class Books:
     """Of each message where it was sent, and what became of that: ``"sent"``, ``"full"`` or ``"cancelled"``."""
     received: dict[str, list[str]] = field(default_factory=dict)
     """The messages of each channel, in the order in which they came."""
+    missed: dict[str, int] = field(default_factory=dict)
+    """How many messages each small inbox missed because it was full."""
     accepted: int = 0
     """What the statistics of the layer should call sent, but for groups."""
     taken: int = 0
     """What the statistics of the layer should call received."""
     statistics: dict[str, Any] = field(default_factory=dict)
     logged: list[str] = field(default_factory=list)
-    """What the layer said, but for full members of groups."""
+    """What the layer said, but that something was full."""
 
 
 class Sender:
@@ -125,16 +139,16 @@ class Worker:
                 mine = {}
                 for number in range(INBOXES):
                     groups = GROUPS if number == 0 else [GROUPS[number % len(GROUPS)]]
-                    inbox = await stack.enter_async_context(self.layer.subscribe(*groups))
+                    options = SMALL.get(number, {"capacity": 100_000})
+                    inbox = await stack.enter_async_context(self.layer.subscribe(*groups, **options))
                     mine[inbox.channel] = groups
                 if self.plan.kind == "pubsub":
-                    for channel in (*SINGLE, *SHARED):
+                    for channel in NORMAL:
                         await self.until_kept(channel)
                 inboxes: dict[str, list[str]] = (await self.say(inboxes=mine))["inboxes"]
                 await self.storm(list(mine), inboxes)
                 await self.say(done="quiet")  # no worker does anything now
-                for channel in mine if self.plan.kind == "queue" else (*mine, *SINGLE, *SHARED):
-                    await self.drain(channel)
+                await self.drain(list(mine))
                 self.books.statistics = asdict(self.layer.statistics())
         await self.say(**asdict(self.books))
 
@@ -157,15 +171,16 @@ class Worker:
                     senders.start_soon(self.send, Sender(self, str(number)), list(inboxes), members)
             await self.say(done="sending")
             readers.cancel_scope.cancel()
-        # What was sent or left without waiting is on these connections: it has happened when this is answered.
-        for layer in (self.layer, self.other):
-            await layer.group_send("nobody", {})
+        # What was begun and not waited for is on these connections: it has happened when this is answered.
+        await self.other.group_send("nobody", {})
+        await self.layer.group_send("nobody", {})
+        self.books.accepted += self.plan.pairs(0)
 
     async def strike(self) -> None:
         """Cancel one wait after the other."""
         while True:
-            await sleep(self.random.random() * 0.004)
-            for _ in range(self.random.randrange(8)):
+            await sleep(self.random.random() * 0.003)
+            for _ in range(self.random.randrange(16)):
                 if self.running:
                     self.running.pop(self.random.choice(list(self.running)))()
 
@@ -177,10 +192,10 @@ class Worker:
             draw = self.random.random()
             if draw < 0.1:
                 group = self.random.choice(GROUPS)
-                accepted = members[group] if self.plan.kind == "queue" else 1
-                await sender.send(group, lambda message: layer.group_send(group, message), accepted)
+                pairs = self.plan.pairs(members[group])
+                await sender.send(group, lambda message: layer.group_send(group, message), pairs)
             else:
-                channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED])
+                channel = self.random.choice(inboxes if draw < 0.4 else NORMAL)
                 await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
 
         while self.left > 0:
@@ -196,6 +211,9 @@ class Worker:
             await self.risk(once)
 
     def note(self, channel: str, message: dict[str, Any]) -> None:
+        if message.get("type") == "channel_layer.gap":
+            self.books.missed[channel] = self.books.missed.get(channel, 0) + message["missed"]
+            return
         self.books.taken += 1
         if "id" in message:
             self.books.received.setdefault(channel, []).append(message["id"])
@@ -252,15 +270,26 @@ class Worker:
                 await self.layer.send(channel, {"type": "begin"})
                 self.books.accepted += 1
 
-    async def drain(self, channel: str) -> None:
-        """Receive all that was sent to the channel before, if this worker is all that reads it."""
-        end = {"type": "end", "by": self.plan.number}
-        await self.layer.send(channel, end, wait=True)
+    async def drain(self, mine: list[str]) -> None:
+        """Receive all that was sent before to the channels that nobody else reads."""
+        for number, channel in enumerate(mine):
+            if number not in SMALL:
+                await self.drain_until_the_end(channel, 1)
+        if self.plan.kind == "pubsub":
+            for channel in NORMAL:
+                await self.drain_until_the_end(channel, WORKERS)
+        for number in SMALL:  # nothing is on its way to them any more, but they may have no room for a last message
+            while self.layer._here.channels[mine[number]].entries:
+                self.note(mine[number], await self.layer.receive(mine[number]))
+
+    async def drain_until_the_end(self, channel: str, ends: int) -> None:
+        """Receive all that was sent to the channel before; so many workers do so with it, each for itself."""
+        await self.layer.send(channel, {"type": "end"}, wait=True)
         self.books.accepted += 1
-        message: dict[str, Any] = {}
-        while message != end:
+        while ends:
             message = await self.layer.receive(channel)
             self.note(channel, message)
+            ends -= message.get("type") == "end"
 
 
 class Log(logging.Handler):
@@ -271,7 +300,7 @@ class Log(logging.Handler):
         self.texts = texts
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "of its members were full" not in (text := record.getMessage()):
+        if " full and missed a message" not in (text := record.getMessage()):
             self.texts.append(text)
 
 

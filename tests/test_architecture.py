@@ -14,16 +14,38 @@ import anyio_channels
 PACKAGE = Path(anyio_channels.__file__).parent
 ALLOWED = {
     "exceptions": set(),
-    "layers.codec": {"exceptions", "ormsgpack"},
+    "layers.codec": {"exceptions", "ormsgpack", "cryptography"},
     "layers.expiry": set(),
     "layers.backend": {"anyio"},
     "layers.mailbox": {"anyio", "layers.backend", "layers.expiry"},
     "layers.inbox": {"anyio", "exceptions", "layers.base"},
     "layers.base": {"anyio", "exceptions", "layers.backend", "layers.inbox"},
+    "layers.local": {"exceptions", "layers.base", "layers.expiry", "layers.mailbox"},
     "layers.memory": {
-        "anyio", "exceptions", "layers.base", "layers.backend", "layers.codec", "layers.expiry", "layers.mailbox",
+        "anyio", "exceptions", "layers.base", "layers.backend", "layers.codec", "layers.local", "layers.mailbox",
     },
-    "layers.registry": {"layers.base", "layers.memory"},
+    "layers.redis.connection": {"anyio", "hiredis", "layers.backend", "redis"},
+    "layers.redis.endpoint": {"anyio", "layers.redis.connection", "redis"},
+    "layers.redis.link": {"anyio", "layers.redis.connection", "layers.redis.endpoint", "redis"},
+    "layers.redis.topology": {"layers.redis.endpoint"},
+    "layers.redis.layer": {
+        "anyio", "redis", "layers.backend", "layers.base", "layers.codec", "layers.local", "layers.mailbox",
+        "layers.redis.endpoint", "layers.redis.link", "layers.redis.topology",
+    },
+    "layers.redis.scripts": {"layers.redis.link"},
+    "layers.redis.intake": {
+        "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
+        "layers.redis.layer", "layers.redis.link", "layers.redis.scripts",
+    },
+    "layers.redis.queue": {
+        "anyio", "exceptions", "redis", "layers.base", "layers.codec", "layers.mailbox", "layers.redis.connection",
+        "layers.redis.endpoint", "layers.redis.intake", "layers.redis.layer", "layers.redis.link", "layers.redis.scripts",
+    },
+    "layers.redis.pubsub": {
+        "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
+        "layers.redis.endpoint", "layers.redis.layer", "layers.redis.link",
+    },
+    "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
     "testing.checks": {"anyio", "exceptions", "layers.base"},
     "testing.machine": {"anyio", "exceptions", "hypothesis", "layers.base", "layers.inbox", "testing.checks"},
 }  # fmt: skip
@@ -69,7 +91,17 @@ def test_importing_the_package_needs_no_extra() -> None:
         subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout.split()
     )
     assert {"anyio", "ormsgpack"} <= loaded
-    assert not loaded & {"trio", "hypothesis", "click", "starlette", "anycorn", "redis", "pytest"}
+    assert not loaded & {
+        "hiredis",
+        "cryptography",
+        "trio",
+        "hypothesis",
+        "click",
+        "starlette",
+        "anycorn",
+        "redis",
+        "pytest",
+    }
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -553,7 +553,9 @@ async def test_what_is_not_redis(answers: bytes) -> None:
     stream = ScriptedStream()
     async with serving(stream) as connection:
         stream.answer(answers)
-        with pytest.raises(redis.exceptions.ConnectionError, match="Redis at localhost:6379 does not answer as Redis would"):
+        with pytest.raises(
+            redis.exceptions.ConnectionError, match="Redis at localhost:6379 does not answer as Redis would"
+        ):
             await Endpoint().shake_hands(connection)
 
 

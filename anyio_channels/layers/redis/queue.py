@@ -322,9 +322,11 @@ class RedisChannelLayer(QueueIntake):
         self._require_open()
         rung: list[Waiter] = []
         with self._room:
+            inbox = self._here.channels.get(channel)
+            joined = {group.name for group in (inbox.groups if inbox is not None else None) or ()}
             self._here.close_inbox(channel, rung)
         self._room.wake(rung)
-        self.leave_soon([(group, channel) for group in groups])
+        self.leave_soon([(group, channel) for group in joined.union(groups)])
 
     async def inbox_join(self, channel: str, group: str) -> None:
         """Make the inbox a member of ``group`` until it leaves; it is renewed, and joined again after an outage."""
