@@ -96,11 +96,17 @@ async def serving(
 ) -> AsyncIterator[Connection]:
     """A connection that runs while the block does, with everything in it done in time."""
     connection = Connection(stream, NAME, timeout=timeout, on_push=on_push)
+    async with in_time(patience), create_task_group() as tasks:
+        tasks.start_soon(connection.run)
+        yield connection
+        tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def in_time(patience: float = PATIENCE) -> AsyncIterator[None]:
+    """A block that is to end by itself."""
     with fail_after(patience):
-        async with create_task_group() as tasks:
-            tasks.start_soon(connection.run)
-            yield connection
-            tasks.cancel_scope.cancel()
+        yield
 
 
 async def settle() -> None:

@@ -14,18 +14,18 @@ import logging
 import random
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import anyio
-from anyio import CancelScope, create_task_group, sleep, to_thread
+from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis.layer import RedisLayer
 
 WORKERS = 3
-SINGLE = ["single.0", "single.1", "single.2"]
+SINGLE = [f"single.{number}" for number in range(WORKERS)]
 """Normal channels that one task reads: in the queue layer that of the worker with the number, in pub/sub one in each."""
 SHARED = [f"shared.{number}" for number in range(7)]
 """Normal channels that all read."""
@@ -43,6 +43,7 @@ SMALL: dict[int, dict[str, Any]] = {
 SENDERS = 30
 READERS = 30
 VISITORS = 3
+GUESTS = 5
 CAPACITY = 10
 
 
@@ -122,6 +123,7 @@ class Worker:
         self.running: dict[object, Callable[[], object]] = {}
         self.left = plan.messages
         self.native = False
+        self.over = False
 
     # Between the worker and its parent
 
@@ -158,7 +160,9 @@ class Worker:
         """Send so many messages as planned, and read until the others have sent theirs too."""
         members = {group: sum(group in groups for groups in inboxes.values()) for group in GROUPS}
         single = SINGLE if self.plan.kind == "pubsub" else [SINGLE[self.plan.number]]
-        async with create_task_group() as readers:
+        async with create_task_group() as guests, create_task_group() as readers:
+            if self.plan.kind == "queue":
+                guests.start_soon(self.have_guests)
             readers.start_soon(self.strike)
             for channel in (*mine, *single):
                 readers.start_soon(self.read, lambda channel=channel: channel)
@@ -170,6 +174,7 @@ class Worker:
                 for number in range(SENDERS):
                     senders.start_soon(self.send, Sender(self, str(number)), list(inboxes), members)
             await self.say(done="sending")
+            self.over = True
             readers.cancel_scope.cancel()
         # What was begun and not waited for is on these connections: it has happened when this is answered.
         await self.other.group_send("nobody", {})
@@ -195,7 +200,7 @@ class Worker:
                 pairs = self.plan.pairs(members[group])
                 await sender.send(group, lambda message: layer.group_send(group, message), pairs)
             else:
-                channel = self.random.choice(inboxes if draw < 0.4 else NORMAL)
+                channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED * 4])
                 await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
 
         while self.left > 0:
@@ -213,8 +218,12 @@ class Worker:
     def note(self, channel: str, message: dict[str, Any]) -> None:
         if message.get("type") == "channel_layer.gap":
             self.books.missed[channel] = self.books.missed.get(channel, 0) + message["missed"]
-            return
-        self.books.taken += 1
+        else:
+            self.books.taken += 1
+            self.note_elsewhere(channel, message)
+
+    def note_elsewhere(self, channel: str, message: dict[str, Any]) -> None:
+        """Another layer than that of the statistics received it."""
         if "id" in message:
             self.books.received.setdefault(channel, []).append(message["id"])
 
@@ -226,11 +235,25 @@ class Worker:
             async with layer.subscribe(PASSING) as inbox:
                 await sender.send(PASSING, lambda message: layer.group_send(PASSING, message), 0)
                 for _ in range(self.random.randrange(4)):
-                    message = await inbox.receive()
-                    self.books.received.setdefault(inbox.channel, []).append(message["id"])
+                    self.note_elsewhere(inbox.channel, await inbox.receive())
 
         while True:
             await self.risk(once)
+
+    async def have_guests(self) -> None:
+        """Open a layer, read there, and close it while its readers wait, again and again."""
+
+        async def read(layer: RedisLayer) -> None:
+            with suppress(ClosedResourceError):
+                while True:
+                    channel = self.random.choice(SHARED)
+                    self.note_elsewhere(channel, await layer.receive(channel))
+
+        while not self.over:
+            async with create_task_group() as guests, self.plan.make_layer() as layer:
+                for _ in range(GUESTS):
+                    guests.start_soon(read, layer)
+                await sleep(self.random.random() * 0.05)
 
     async def risk(self, once: Callable[[], Awaitable[None]]) -> None:
         """Do it once, in a scope that somebody may cancel; or, on asyncio, in a task of its own."""

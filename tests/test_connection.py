@@ -15,7 +15,7 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_stream import NAME, ScriptedStream, serving, settle
+from scripted_stream import NAME, PATIENCE, ScriptedStream, in_time, serving, settle
 
 from anyio_channels.layers.redis.connection import Connection, ConnectionLost, ConnectionTimeout, Request, to_error
 
@@ -131,6 +131,16 @@ async def test_without_on_push_pushes_are_dropped() -> None:
     async with serving(stream) as connection:
         stream.answer(b">1\r\n+invalidate\r\n+OK\r\n")
         assert await connection.execute("PING") == b"OK"
+
+
+async def test_a_push_that_begins_with_null() -> None:
+    """A push answers nobody, whatever is in it."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection:
+        stream.answer(b">1\r\n_\r\n+OK\r\n")
+        assert await connection.execute("PING") == b"OK"
+        assert pushes == [[None]]
 
 
 @pytest.mark.parametrize(
@@ -547,8 +557,8 @@ async def test_a_write_that_fails() -> None:
 async def test_the_owner_ends_it() -> None:
     """end() says why, the first of several counts, and run() returns."""
     stream = ScriptedStream()
-    async with create_task_group() as tasks:
-        connection = Connection(stream, NAME, timeout=20)
+    connection = Connection(stream, NAME, timeout=PATIENCE)
+    async with in_time(), create_task_group() as tasks:
         tasks.start_soon(connection.run)
         (request,), done = submit(connection)
         await stream.wrote()
@@ -565,11 +575,12 @@ async def test_the_owner_ends_it() -> None:
 async def test_ended_before_it_ran() -> None:
     """A connection that ended before run() closes its stream and serves nobody."""
     stream = ScriptedStream()
-    connection = Connection(stream, NAME, timeout=20)
+    connection = Connection(stream, NAME, timeout=PATIENCE)
     (request,), done = submit(connection)
     connection.submit("SET", "k", "nobody cares")
     connection.end("too early")
-    await connection.run()
+    async with in_time():
+        await connection.run()
     assert stream.closed
     assert stream.written == []
     assert done == [request]
@@ -580,8 +591,8 @@ async def test_ended_before_it_ran() -> None:
 async def test_run_is_cancelled() -> None:
     """Who cancels run() closes the connection: everyone else is told."""
     stream = ScriptedStream()
-    connection = Connection(stream, NAME, timeout=20)
-    async with create_task_group() as tasks:
+    connection = Connection(stream, NAME, timeout=PATIENCE)
+    async with in_time(), create_task_group() as tasks:
         tasks.start_soon(connection.run)
         (request,), _ = submit(connection)
         await stream.wrote()
@@ -674,9 +685,12 @@ async def test_a_server_that_does_not_read() -> None:
         check_lost(first.error, may_have_run=True)
 
 
-async def test_a_request_may_have_its_own_timeout() -> None:
-    """The first that is due counts, not the first in the row."""
+@pytest.mark.parametrize("first", ["is written", "hangs"])
+async def test_a_request_may_have_its_own_timeout(first: str) -> None:
+    """The first that is due counts, not the first in the row, and one that could not be written too."""
     stream = ScriptedStream()
+    if first == "hangs":
+        stream.stall()
     async with serving(stream) as connection:
         (patient,), _ = submit(connection)
         await stream.wrote()

@@ -5,6 +5,8 @@ Rules:
 - who is here: whoever comes says so to the room, and all who are there answer. After a gap it asks again.
 - what a browser sends is checked before it touches the layer; what is wrong with it is said to that browser only.
 - a browser that does not keep up loses the oldest messages, is told how many, and slows nobody down.
+- while the layer's server is away, who is in stays in, is told what was not sent, and asks afterwards who is here; who
+  comes then is asked to come later.
 """
 
 from __future__ import annotations
@@ -38,6 +40,15 @@ MIN_MESSAGE_SIZE: Final = 16 * 1024
 _REFUSED: Final = 4000
 """The close code that tells the page not to try again; the reason says why."""
 
+_LATER: Final = 1013
+"""The close code of a service that is away (https://www.iana.org/assignments/websocket/websocket.xhtml)."""
+_AWAY: tuple[type[Exception], ...] = ()
+"""What a layer raises while its server is away or refuses."""
+with suppress(ImportError):
+    from redis.exceptions import RedisError
+
+    _AWAY = (RedisError,)
+
 _INBOX: Final = 1000
 _PUSH_EVERY: Final = 1.0
 _FAREWELL: Final = 5.0
@@ -62,21 +73,13 @@ async def chat(websocket: WebSocket) -> None:
         await websocket.close(_REFUSED, str(error))
         return
     group = f"chat.{room}"
-    async with layer.subscribe(group, capacity=_INBOX, overflow="drop_old", on_gap="event") as inbox:
-        me = {"id": inbox.channel, "name": name}
-        await websocket.send_json({"type": "welcome", "room": room, **me})
-        visitor = Visitor(websocket, layer, group, inbox, me)
-        async with visitor.present(), create_task_group() as tasks:
-            tasks.start_soon(visitor.forward)
-            tasks.start_soon(visitor.keep_posted)
-            while (frame := await websocket.receive())["type"] == "websocket.receive":
-                try:
-                    text = parse_text(frame)
-                except ValueError as error:
-                    await websocket.send_json({"type": "error", "text": str(error)})
-                else:
-                    await layer.group_send(group, {"type": "said", **me, "text": text, "at": time.time()})
-            tasks.cancel_scope.cancel()
+    try:
+        async with layer.subscribe(group, capacity=_INBOX, overflow="drop_old", on_gap="event") as inbox:
+            visitor = Visitor(websocket, layer, group, inbox, {"id": inbox.channel, "name": name})
+            async with visitor.present():
+                await visitor.stay(room)
+    except _AWAY:  # only before the visitor was in
+        await websocket.close(_LATER, "The chat cannot reach its server now.")
 
 
 @dataclass(slots=True)
@@ -99,8 +102,28 @@ class Visitor:
             yield
         finally:
             # Shielded, for a server that stops cancels; not for ever, for a layer over a network may hang.
-            with move_on_after(_FAREWELL, shield=True):
+            with move_on_after(_FAREWELL, shield=True), suppress(*_AWAY):
                 await self.tell_others("left")
+
+    async def stay(self, room: str) -> None:
+        """Be in the room until the socket closes."""
+        await self.websocket.send_json({"type": "welcome", "room": room, **self.me})
+        async with create_task_group() as tasks:
+            tasks.start_soon(self.forward)
+            tasks.start_soon(self.keep_posted)
+            while (frame := await self.websocket.receive())["type"] == "websocket.receive":
+                try:
+                    await self.say(parse_text(frame))
+                except ValueError as error:
+                    await self.websocket.send_json({"type": "error", "text": str(error)})
+            tasks.cancel_scope.cancel()
+
+    async def say(self, text: str) -> None:
+        """Say it to all in the room, or raise ``ValueError`` with a sentence."""
+        try:
+            await self.layer.group_send(self.group, {"type": "said", **self.me, "text": text, "at": time.time()})
+        except _AWAY:
+            raise ValueError("The chat cannot reach its server now: say that again if it does not show.") from None
 
     async def tell_others(self, what: str) -> None:
         """Send ``what``, and who I am, to all in the room but me."""
@@ -111,7 +134,7 @@ class Visitor:
         async for message in self.inbox:
             if message["type"] in {"joined", "who"}:
                 # Whoever has no room for the answer will find a gap when it reads on, and ask again.
-                with suppress(ChannelFull):
+                with suppress(ChannelFull, *_AWAY):
                     await self.layer.send(message["id"], {"type": "here", **self.me})
             elif message["type"] == "channel_layer.gap":
                 self.lost = True
@@ -123,13 +146,17 @@ class Visitor:
         Not at each gap: the answers may be what the next gap is made of.
         """
         while True:
-            if self.lost:
-                self.lost = False
-                await self.websocket.send_json({"type": "roll_call"})
-                await self.tell_others("who")
-            here = len(await self.layer.group_channels(self.group))
-            values = asdict(self.layer.statistics())
-            await self.websocket.send_json({"type": "statistics", "here": here, "values": values})
+            lost, self.lost = self.lost, False
+            try:
+                if lost:
+                    await self.websocket.send_json({"type": "roll_call"})
+                    await self.tell_others("who")
+                here = len(await self.layer.group_channels(self.group))
+            except _AWAY:
+                self.lost |= lost
+            else:
+                values = asdict(self.layer.statistics())
+                await self.websocket.send_json({"type": "statistics", "here": here, "values": values})
             await sleep(_PUSH_EVERY)
 
 

@@ -8,6 +8,7 @@ Rules:
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import socket
 from contextlib import AsyncExitStack
@@ -34,7 +35,14 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
-@click.option("--layer", "url", default="memory://", show_default=True, metavar="URL", help="The channel layer to use.")
+@click.option(
+    "--layer",
+    "url",
+    default="memory://",
+    show_default=True,
+    metavar="URL",
+    help="The channel layer to use. Processes share rooms with redis://host:6379/0 or redis+pubsub://host:6379/0.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port",
@@ -63,10 +71,14 @@ def demo(backend: str, url: str, host: str, port: int) -> None:
 
 async def _run(layer: BaseChannelLayer, url: str, listener: socket.socket, backend: str) -> None:
     async with AsyncExitStack() as stack:
+        logger = logging.getLogger("anyio_channels")
+        logger.disabled = True  # why it cannot be opened is said once
         try:
             await stack.enter_async_context(layer)
         except Exception as error:
             raise click.ClickException(f"cannot open the layer {_shown(url)}: {_censored(error, url)}") from error
+        finally:
+            logger.disabled = False
         await serve_chat(
             layer,
             listener,
@@ -79,6 +91,8 @@ def _create_layer(url: str) -> BaseChannelLayer:
         layer = create_channel_layer(url)
     except (TypeError, ValueError) as error:
         raise click.BadParameter(_censored(error, url), param_hint="--layer") from error
+    except ImportError as error:
+        raise click.UsageError(str(error)) from error
     if layer.max_message_size < MIN_MESSAGE_SIZE:
         raise click.BadParameter(
             f"the chat needs a max_message_size of {MIN_MESSAGE_SIZE} or more", param_hint="--layer"

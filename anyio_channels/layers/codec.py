@@ -246,6 +246,11 @@ class PayloadCodec(Codec):
             raise Unreadable(f"it holds a {type(message).__name__}, not a message")
         return message
 
+    @property
+    def decode_copy(self) -> Callable[[bytes], dict[str, Any]]:
+        """What returns a fresh message from a body that was decoded once before, so that it is known to be one."""
+        return json.loads if self._is_json else unpackb
+
     def encode_again(self, message: dict[str, Any]) -> bytes:
         """Return the body of a message that came out of Redis, or raise ``Unreadable``: not all that is read can be written."""
         try:

@@ -335,6 +335,19 @@ class Mailbox(Expirable, Generic[T]):
             self._call_senders(rung)
         return item
 
+    def take_at_once(self) -> T | Gap | None:
+        """Take what is promised to nobody, without waiting; for callers that do not hold the lock."""
+        room = self._room
+        rung: list[Waiter] = []
+        room.lock.acquire()
+        try:
+            item = self.take_nowait(rung)
+        finally:
+            room.lock.release()
+        if rung or room.abandoned:
+            room.wake(rung)
+        return item
+
     async def take(self) -> T | Gap:
         """Wait for an item in turn and take it. A cancelled call has taken nothing and is forgotten.
 

@@ -24,7 +24,7 @@ from .backend import CANCELLED, thread
 from .base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
 from .codec import Codec
 from .local import Channel, Directory
-from .mailbox import Books, Gap, Mailroom, Waiter
+from .mailbox import Books, Mailroom, Waiter
 
 __all__ = ["InMemoryChannelLayer", "channel_layer"]
 
@@ -159,7 +159,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                     await state.give_way()
                 rung: list[Waiter] = []
                 room = self._room
-                room.lock.acquire()  # _take_nowait(), without the call
+                room.lock.acquire()  # take_at_once(), without the call
                 try:
                     item = source.take_nowait(rung)
                 finally:
@@ -185,7 +185,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         what ``receive`` raises.
         """
         source = self._get_channel(channel)
-        item = self._take_nowait(source)
+        item = source.take_at_once()
         if item is None:
             raise WouldBlock
         return self._decode(item) if isinstance(item, bytes) else source.gap_message(item)
@@ -308,19 +308,6 @@ class InMemoryChannelLayer(BaseChannelLayer):
         self._join(group, channel, None)
 
     # The inside; all below are called with the lock held, unless they say otherwise
-
-    def _take_nowait(self, source: Channel) -> bytes | Gap | None:
-        """Take what is not promised to others; without the lock."""
-        room = self._room
-        rung: list[Waiter] = []
-        room.lock.acquire()
-        try:
-            item = source.take_nowait(rung)
-        finally:
-            room.lock.release()
-        if rung or room.abandoned:
-            room.wake(rung)
-        return item
 
     def _get_channel(self, name: str) -> Channel:
         """Find or make the channel; without the lock."""

@@ -25,6 +25,7 @@ from anyio import (
     BrokenResourceError,
     ClosedResourceError,
     EndOfStream,
+    Event,
     aclose_forcefully,
     create_task_group,
     move_on_after,
@@ -41,7 +42,7 @@ Argument: TypeAlias = bytes | str | int | float
 
 _MORE: Final = object()
 _CHUNK: Final = 65536
-_CONFIRMED: Final = {
+_CONFIRMED: Final[dict[Argument, bytes]] = {
     name: name.lower().encode()
     for name in ("SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE")
 }
@@ -79,15 +80,17 @@ class ConnectionTimeout(ConnectionLost, redis.exceptions.TimeoutError):
 class Request:
     """A command, and what became of it: ``done`` is called once, when ``reply`` or ``error`` is there."""
 
-    __slots__ = ("abandoned", "awaits", "confirmations", "data", "done", "due", "error", "reply", "written")
+    __slots__ = ("abandoned", "awaits", "confirmations", "data", "done", "due", "error", "event", "reply", "written")
 
     def __init__(self, command: Sequence[Argument], due: float, done: Callable[[Request], object] | None) -> None:
         """``due``: when it must be answered, by ``time.monotonic()``."""
         self.data: bytes = hiredis.pack_command(tuple(command))  # type: ignore[arg-type] # hiredis says "of one item"
         self.due: float = due
         self.done: Callable[[Request], object] | None = done
-        self.awaits: bytes | None = _CONFIRMED.get(str(command[0]))
+        self.awaits: bytes | None = _CONFIRMED.get(command[0])
         self.confirmations: int = len(command) - 1
+        self.event: Event | None = None
+        """What the caller of ``execute`` waits for."""
         self.reply: Any = None
         self.error: Exception | None = None
         self.written: bool = False
@@ -95,7 +98,9 @@ class Request:
 
     def settle(self) -> None:
         """Tell whoever asked."""
-        if self.done is not None:
+        if self.event is not None:
+            self.event.set()
+        elif self.done is not None:
             self.done(self)
 
     def result(self) -> Any:
@@ -137,6 +142,8 @@ class Connection:
         self.server: str = server
         self.timeout: float = timeout
         self.ended: bool = False
+        self.version: tuple[int, ...] = (0,)
+        """The server's version, once the handshake told it."""
         self.commands: int = 0
         """How many commands were submitted."""
         self._stream = stream
@@ -178,8 +185,7 @@ class Connection:
         self._queue.clear()
         for request in waiting:
             request.error = self.lost(may_have_run=request.written)
-            if not request.abandoned:
-                request.settle()
+            request.settle()
 
     async def wait_ended(self) -> None:
         """Wait until the connection has ended."""
@@ -223,7 +229,10 @@ class Connection:
         ended. If cancelled, the command was not sent, or it may run and its reply is swallowed.
         """
         event = thread.state.new_event()[0]
-        request = self.submit(*command, done=lambda _: event.set(), timeout=timeout)
+        request = self.submit(*command, timeout=timeout)
+        if request.error is not None:
+            raise request.error
+        request.event = event
         try:
             await event.wait()
         except BaseException:
@@ -268,8 +277,7 @@ class Connection:
                         request.error = to_error(str(reply), self.server)
                     else:
                         request.reply = reply
-                    if request.done is not None and not request.abandoned:
-                        request.done(request)
+                    request.settle()
 
     def _receive_push(self, push: list[Any]) -> None:
         first = self._in_flight[0] if self._in_flight else None
@@ -278,8 +286,7 @@ class Connection:
             if first.confirmations <= 0:
                 self._in_flight.popleft()
                 first.reply = push
-                if not first.abandoned:
-                    first.settle()
+                first.settle()
         elif self._on_push is not None and not self.ended:
             self._on_push(push)
 

@@ -126,6 +126,7 @@ class Endpoint:
         greeting = requests[0].reply
         if not isinstance(greeting, dict) or greeting.get(b"proto") != 3 or not isinstance(time.reply, list):  # noqa: PLR2004
             raise redis.exceptions.ConnectionError(f"{self.name} does not answer as Redis would: {greeting!r:.100}")
+        connection.version = tuple(int(part) for part in re.findall(rb"\d+", greeting.get(b"version", b""))[:3])
         seconds, microseconds = time.reply
         return int(seconds) + int(microseconds) / 1_000_000
 

@@ -25,7 +25,7 @@ from anyio_channels.layers.codec import RESERVED_KEY, Unreadable
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Waiter
 
-from .connection import Connection, ConnectionLost, Request
+from .connection import Argument, Connection, ConnectionLost, Request
 from .layer import RedisLayer
 from .link import Link
 from .scripts import GIVE_BACK, POP
@@ -128,7 +128,9 @@ class QueueIntake(RedisLayer):
         self._blocked: dict[str, QueueChannel] = {}
         self._to_drain: set[str] = set()
         self._popping = False
-        self._pop_ended = Event()
+        self._pop_ended: Event | None = None
+        self._pops_many = False
+        self._least_capacity = min([self.capacity, *(capacity for _, capacity in self.channel_capacity)])
         self._pop_trouble: Exception | None = None
         self._pop_text_first = True
         self._waking = False
@@ -153,6 +155,7 @@ class QueueIntake(RedisLayer):
 
     async def _ask_for_id(self, connection: Connection) -> None:
         self._client_id = await connection.execute("CLIENT", "ID")
+        self._pops_many = connection.version >= (7, 0)
 
     # Keys
 
@@ -242,7 +245,8 @@ class QueueIntake(RedisLayer):
         rung: list[Waiter] = []
         with self._room:
             now = self._clock()
-            self._arrive(channel, popped, now + self.expiry - max(0.0, server_time - float(score)), now, rung)
+            expires_at = now + self.expiry - max(0.0, server_time - float(score))
+            self._arrive(channel, (expires_at, popped), now, rung)
         self._room.wake(rung)
 
     def _fail_readers(self, channel: QueueChannel, error: Exception) -> None:
@@ -359,26 +363,33 @@ class QueueIntake(RedisLayer):
         self._to_drain.clear()
         # Redis serves the first key that has something: each should come first at times.
         turn = self._rounds % len(keys)
+        keys = [self._wake_key, *keys[turn:], *keys[:turn]]
         self._popping = True
-        connection.submit(
-            "BZPOPMIN", self._wake_key, *keys[turn:], *keys[:turn], self.keep_alive,
-            done=self._pop_answered, timeout=self.keep_alive + self.timeout,
-        )  # fmt: skip
+        command: tuple[Argument, ...] = ("BZPOPMIN", *keys, self.keep_alive)
+        if self._pops_many and not self._blocked:
+            # Only keys of this process: it may have all at once.
+            command = ("BZMPOP", self.keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
+        connection.submit(*command, done=self._pop_answered, timeout=self.keep_alive + self.timeout)
 
     def _pop_answered(self, request: Request) -> None:
         self._popping = False
-        self._pop_ended.set()
-        self._pop_ended = Event()
+        if self._pop_ended is not None:
+            self._pop_ended.set()
+            self._pop_ended = None
         if isinstance(request.error, ConnectionLost):
             return  # it goes on when the connection is up
         if request.error is not None:
             self._pop_refused(request.error)
             return
         if request.reply is not None:
-            raw, entry, score = request.reply
-            key = raw.decode()
+            key = request.reply[0].decode()
+            if len(request.reply) == 2:  # noqa: PLR2004 - BZMPOP: the key, and a list of pairs
+                self._popped_many(key, request.reply[1])
+                self._pop()
+                return
+            _, entry, score = request.reply
             if key in self._own:
-                self._put_own(key, entry, float(score), self._popper.server_time)
+                self._put_own(key, entry, score, self._popper.server_time)
                 self._to_drain.add(key)
             elif key in self._blocked:
                 channel = self._blocked.pop(key)
@@ -389,6 +400,15 @@ class QueueIntake(RedisLayer):
                 # Its last reader left while the pop was on its way.
                 self._return_stray(key, entry, score)
         self._pop()
+
+    def _popped_many(self, key: str, entries: list[Any]) -> None:
+        if key == self._wake_key:
+            return
+        server_time = self._popper.server_time
+        for entry, score in entries:
+            self._put_own(key, entry, score, server_time)
+        if len(entries) >= self._least_capacity:
+            self._to_drain.add(key)  # it may have been full, and senders may wait for room: that script tells them
 
     def _return_stray(self, key: str, entry: bytes, score: float) -> None:
         self._late.append((key, Popped({}, entry, repr(float(score)))))
@@ -452,23 +472,35 @@ class QueueIntake(RedisLayer):
             channels = self._here.channels
             for name in names:
                 channel = channels.get(name) or self._here.add(name)
-                if not self._arrive(channel, item, expires_at, now, rung):
+                if not self._arrive(channel, (expires_at, item), now, rung):
                     dropped.append(name)
         self._room.wake(rung)
         for name in dropped:
             self._log_dropped(name)
 
+    async def _listen(self, channel: str) -> Channel:
+        if "!" in channel:
+            self._own_key(channel)
+        else:
+            await self._check_in(0)  # it asks Redis before it waits
+        return self._channel(channel)
+
+    def _open_item(self, item: Any) -> Message:
+        if isinstance(item, Popped):
+            return item.message
+        self._room.books.received -= 1
+        self._room.books.sent -= 1
+        error: Exception = item.error
+        raise error
+
     async def _until_pop_ends(self) -> None:
         """Wait for all that was popped before this call; for as long as the caller allows."""
         if self._popping:
+            if self._pop_ended is None:
+                self._pop_ended = Event()
             ended = self._pop_ended
             self._wake()
             await ended.wait()
-
-    def _forget_failure(self) -> None:
-        """A reader has its error; that was no message."""
-        self._room.books.received -= 1
-        self._room.books.sent -= 1
 
     def _begin_closing(self) -> None:
         with self._room:

@@ -17,6 +17,7 @@ import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final
 
@@ -26,10 +27,10 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from anyio_channels.layers.backend import thread
-from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics, require_seconds
+from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, require_seconds
 from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
-from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
+from anyio_channels.layers.mailbox import Books, Gap, Mailroom, Waiter
 
 from .endpoint import Host
 from .link import Link
@@ -104,6 +105,7 @@ class RedisLayer(BaseChannelLayer):
             random_prefix_length=random_prefix_length,
             expiry=token_expiry,
         )
+        self._decode = self._codec.decode_copy
         self._topology = Topology(hosts)
         self._clock = clock
         self._is_open = False
@@ -172,6 +174,7 @@ class RedisLayer(BaseChannelLayer):
         """
         self._reset()
         self._token = current_token().native_token
+        self._thread = get_ident()
         self._link = self._make_link()
         self._links.append(self._link)
         self._is_open = True
@@ -299,26 +302,55 @@ class RedisLayer(BaseChannelLayer):
         with self._room:
             return self._here.channels.get(name) or self._here.add(name)
 
-    def _take_nowait(self, source: Channel) -> Any:
-        rung: list[Waiter] = []
-        with self._room:
-            item = source.take_nowait(rung)
-        self._room.wake(rung)
-        return item
+    async def receive(self, channel: str) -> Message:
+        """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says.
 
-    async def _take(self, source: Channel) -> Any:
-        """Take the next item or gap, in turn; waits for one."""
-        await self._check_in(1 if source.entries else 0)
-        item = self._take_nowait(source)
-        return await source.take() if item is None else item
+        Goes on waiting while Redis is away. Raises ``redis.ResponseError`` when Redis refuses to hand out this channel.
+        """
+        source = self._here.channels.get(channel) if channel.__class__ is str else None  # a name that is there is valid
+        item = None
+        if source is not None and source.entries and self._is_open and get_ident() == self._thread:
+            state = thread.state
+            if state.is_due():
+                await state.give_way()
+            item = source.take_at_once()
+        if source is None or item is None:
+            source, item = await self._wait(channel)
+        if item.__class__ is bytes:
+            return self._decode(item)  # one of several copies
+        if item.__class__ is dict:
+            message: Message = item
+            return message
+        return source.gap_message(item) if item.__class__ is Gap else self._open_item(item)
 
-    def _arrive(self, channel: Channel, item: Any, expires_at: float, now: float, rung: list[Waiter]) -> bool:
+    async def _wait(self, channel: str) -> tuple[Channel, Any]:
+        """Wait for the next item on ``channel``, in turn, and return it with the channel's mailbox."""
+        self.require_valid_channel_name(channel)
+        self._require_open()
+        while True:
+            source = await self._listen(channel)
+            try:
+                return source, await source.take()
+            except ClosedResourceError:
+                if not source.dropped:
+                    raise
+                # It was idle, and dropped from the list between finding it and waiting at it.
+
+    @abstractmethod
+    async def _listen(self, channel: str) -> Channel:
+        """Find or make a channel to wait at, and see that its messages come."""
+
+    def _open_item(self, item: Any) -> Message:
+        """Return the message that an item of a layer's own kind holds."""
+        raise NotImplementedError
+
+    def _arrive(self, channel: Channel, entry: tuple[float, Any], now: float, rung: list[Waiter]) -> bool:
         """Put what came from Redis into its mailbox; under the lock. ``False``: the mailbox is full, the item dropped."""
-        if expires_at <= now:
+        if entry[0] <= now:
             self._room.books.sent += 1
             self._room.books.expired += 1
             return True
-        if channel.put((expires_at, item), now, rung):
+        if channel.put(entry, now, rung):
             return True
         channel.miss(rung)
         return False

@@ -25,7 +25,7 @@ from anyio.abc import TaskGroup
 from anyio_channels.layers.base import Message, OnGap, Overflow
 from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadable
 from anyio_channels.layers.local import Channel, Directory, Group
-from anyio_channels.layers.mailbox import Gap, Waiter
+from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost
 from .endpoint import Host
@@ -190,34 +190,13 @@ class RedisPubSubChannelLayer(RedisLayer):
         await self._execute("PUBLISH", channel, self._codec.seal(body))
         self._sent += 1
 
-    async def receive(self, channel: str) -> Message:
-        """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says.
-
-        From the first call on messages are kept here for the next, up to the capacity and for ``expiry`` seconds. Goes on
-        waiting while Redis is away. Raises ``redis.ResponseError`` when Redis refuses the subscription.
-        """
-        self.require_valid_channel_name(channel)
-        self._require_open()
+    async def _listen(self, channel: str) -> Channel:
+        # Also if Redis is away: the next connection begins with what is wanted.
         await self._check_in(0)
-        while True:
-            source = self._channel(channel)
-            if not self._wanted[channel].confirmed and self._link.connection is not None:
-                await self._confirm_reader(source)
-            try:
-                item = await self._take(source)
-            except ClosedResourceError:
-                if not source.dropped:
-                    raise
-                # It was given up between finding it and waiting at it.
-                continue
-            if isinstance(item, Gap):
-                return source.gap_message(item)
-            try:
-                return self._codec.decode_body(item)
-            except Unreadable as why:
-                self._room.books.received -= 1
-                self._room.books.sent -= 1
-                self._drop_unreadable(channel, why)
+        source = self._channel(channel)
+        if not self._wanted[channel].confirmed and self._link.connection is not None:
+            await self._confirm_reader(source)
+        return source
 
     async def _confirm_reader(self, source: Channel) -> None:
         try:
@@ -415,7 +394,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         with self._room:
             now = self._clock()
             for channel in tuple(self._here.channels.values()):
-                self._arrive(channel, body, now + self.expiry, now, rung)
+                self._arrive(channel, (now + self.expiry, body), now, rung)
         self._room.wake(rung)
 
     def _pushed(self, push: list[Any]) -> None:
@@ -429,35 +408,32 @@ class RedisPubSubChannelLayer(RedisLayer):
         if group is None and channel is None:
             return
         try:
-            body, excluded = self._open_payload(push[2])
+            body = self._codec.unseal(push[2])
+            message = self._codec.decode_body(body)
         except Unreadable as why:
             self._drop_unreadable(name, why)
             return
+        excluded: frozenset[str] = frozenset()
+        if EXCLUDE_KEY in message:
+            names = message.pop(EXCLUDE_KEY)
+            if isinstance(names, list):
+                excluded = frozenset(name for name in names if isinstance(name, str))
+            body = self._codec.encode_again(message)
         rung: list[Waiter] = []
         missed = 0
         with self._room:
             now = self._clock()
+            expires_at = now + self.expiry
             self._room.index.sweep(now, rung)
             if group is not None:
-                missed = group.deliver((now + self.expiry, body), excluded, now, rung)
-            if channel is not None and not self._arrive(channel, body, now + self.expiry, now, rung):
+                missed = group.deliver((expires_at, body), excluded, now, rung)
+            if channel is not None and not self._arrive(channel, (expires_at, message), now, rung):
                 missed += 1
         self._room.wake(rung)
         if missed:
             self._log_once(
                 f"full {name}", "%d channels of %r in this process were full and missed a message", missed, name
             )
-
-    def _open_payload(self, payload: bytes) -> tuple[bytes, frozenset[str]]:
-        """Return the body, and who is not to have it."""
-        body = self._codec.unseal(payload)
-        if EXCLUDE_KEY.encode() not in body:
-            return body, frozenset()
-        message = self._codec.decode_body(body)
-        excluded = message.pop(EXCLUDE_KEY, ())
-        if not isinstance(excluded, list):
-            return body, frozenset()  # the words stand somewhere in the message
-        return self._codec.encode_again(message), frozenset(name for name in excluded if isinstance(name, str))
 
     # The life of an open layer
 

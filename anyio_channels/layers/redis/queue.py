@@ -13,19 +13,20 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import redis.exceptions
 from anyio import ClosedResourceError, Event, Lock, move_on_after
 
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.layers.base import Message, OnGap, Overflow, require_count
+from anyio_channels.layers.base import BaseChannelLayer, Message, OnGap, Overflow, require_count
 from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
-from anyio_channels.layers.mailbox import Gap, Waiter
+from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost, Request
 from .endpoint import Host
-from .intake import Failure, Popped, QueueIntake
+from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
 from .link import Link, Script
 from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
@@ -153,39 +154,6 @@ class RedisChannelLayer(QueueIntake):
                 raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
 
-    async def receive(self, channel: str) -> Message:
-        """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says.
-
-        Goes on waiting while Redis is away. Raises ``redis.ResponseError`` when Redis refuses to hand out this channel.
-
-        A process-specific channel is to be received by one process only, usually that which made it.
-        """
-        self.require_valid_channel_name(channel)
-        self._require_open()
-        while True:
-            source = self._channel(channel)
-            if "!" in channel:
-                self._own_key(channel)
-            try:
-                item = await self._take(source)
-            except ClosedResourceError:
-                if not source.dropped:
-                    raise
-                # An idle channel was dropped from the list between finding it and waiting at it.
-                continue
-            match item:
-                case Popped():
-                    return item.message
-                case bytes():
-                    return self._codec.decode_body(item)
-                case Gap():
-                    return source.gap_message(item)
-                case Failure():
-                    self._forget_failure()
-                    raise item.error
-            message: Message = item
-            return message
-
     async def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
         self._require_valid_prefix(prefix)
@@ -258,9 +226,11 @@ class RedisChannelLayer(QueueIntake):
         self._require_open()
         self._sweep()
         members: dict[str, list[str]] = {}
+        prefix = self.prefix
         for name in await self._members(group):
             if name not in excluded:
-                members.setdefault(self.channel_key(name), []).append(name)
+                head, mark, _ = name.partition("!")
+                members.setdefault(prefix + head + mark, []).append(name)
         if not members:
             return
         arguments: list[Any] = []
@@ -291,11 +261,11 @@ class RedisChannelLayer(QueueIntake):
     async def _members(self, group: str) -> list[str]:
         names: list[str] = []
         for raw in await self._call(GROUP_MEMBERS, [self.group_key(group)], self.group_expiry):
-            name = raw.decode("utf-8", "replace")
-            if self.match_type_and_length(name) and self.channel_name_regex.fullmatch(name):
-                names.append(name)
-            else:
+            name = _member_name(raw)
+            if name is None:
                 self._drop_unreadable(self.group_key(group), f"{raw!r} is no channel name")
+            else:
+                names.append(name)
         return names
 
     def statistics(self) -> RedisLayerStatistics:
@@ -470,6 +440,14 @@ class RedisChannelLayer(QueueIntake):
 def _log_refusal(request: Request) -> None:
     if isinstance(request.error, redis.exceptions.ResponseError):
         logger.warning("%s; a membership could not be renewed", request.error)
+
+
+@lru_cache(maxsize=65536)
+def _member_name(raw: bytes) -> str | None:
+    """Return the channel name that a member of a group is, or ``None``; the same ones come at every broadcast."""
+    name = raw.decode("utf-8", "replace")
+    is_name = len(name) < BaseChannelLayer.MAX_NAME_LENGTH and BaseChannelLayer.channel_name_regex.fullmatch(name)
+    return name if is_name else None
 
 
 def _glob_escaped(text: str) -> str:
