@@ -200,8 +200,9 @@ class Worker:
                 pairs = self.plan.pairs(members[group])
                 await sender.send(group, lambda message: layer.group_send(group, message), pairs)
             else:
-                channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED * 4])
-                await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
+                channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED * 3])
+                for _ in range(self.random.randint(1, 3)):
+                    await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
 
         while self.left > 0:
             self.left -= 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from redis_server import RedisServer, free_port
 
 from anyio_channels import __version__
 
@@ -49,6 +53,9 @@ def test_help_names_every_option() -> None:
         ("memory://?max_message_size=100", "max_message_size"),
         ("nosuch://ann:s3cret@loc\u2100lhost", "NFKC"),
         ("lobby", "memory://"),
+        ("redis://ann:s3cret@localhost?nosuch=1", "nosuch"),
+        ("redis://ann:s3cret/x@localhost", "percent-encoded"),
+        ("redis+pubsub://ann:s3cret@localhost?capacity=0", "capacity"),
     ],
 )
 def test_bad_layer_url(url: str, trouble: str) -> None:
@@ -76,6 +83,52 @@ registry._SCHEMES["broken"] = lambda url, options: Broken()
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == "Error: cannot open the layer broken://db:1234/chat: no answer from ***@db:1234\n"
+
+
+@pytest.mark.parametrize(("scheme", "backend"), [("redis", "asyncio"), ("redis+pubsub", "trio")])
+def test_redis_that_is_not_there(scheme: str, backend: str) -> None:
+    server = f"127.0.0.1:{free_port()}"
+    url = f"{scheme}://ann:s3cret@{server}/0?connect_timeout=0.2"
+    result = run("demo", "--port", "0", "--backend", backend, "--layer", url)
+    assert (result.returncode, result.stdout) == (1, "")
+    start = f"Error: cannot open the layer {scheme}://{server}/0: Redis at {server} cannot be reached: "
+    assert re.fullmatch(re.escape(start) + r".*\n", result.stderr)
+    assert "s3cret" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("user", "trouble", "backend"),
+    [("ann:s3cret@", "WRONGPASS", "asyncio"), (":s3cret@", "WRONGPASS", "trio"), ("", "NOAUTH", "trio")],
+)
+def test_redis_that_wants_another_password(tmp_path: Path, user: str, trouble: str, backend: str) -> None:
+    with RedisServer(tmp_path, "--requirepass", "another") as server:
+        address = f"{server.host}:{server.port}"
+        result = run("demo", "--port", "0", "--backend", backend, "--layer", f"redis://{user}{address}/0")
+    assert (result.returncode, result.stdout) == (1, "")
+    start = f"Error: cannot open the layer redis://{address}/0: Redis at {address}: {trouble} "
+    assert re.fullmatch(re.escape(start) + r".*\n", result.stderr)
+    assert "s3cret" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_signal_while_redis_does_not_answer(backend: str, number: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0?connect_timeout=60"
+        options = ["--port", "0", "--backend", backend, "--layer", url]
+        with (
+            subprocess.Popen(
+                [sys.executable, "-P", "-W", "error", "-m", "anyio_channels.cli", "demo", *options],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+            ) as process,
+            silent.accept()[0],
+        ):
+            process.send_signal(number)
+            assert process.communicate(timeout=30) == ("", None)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +182,14 @@ def test_missing_trio() -> None:
     result = run("demo", "--backend", "trio", "--port", "0", before="sys.modules['trio'] = None")
     assert result.returncode == 2
     assert "trio is not installed: pip install 'anyio_channels[demo]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_redis() -> None:
+    before = "sys.modules['redis'] = sys.modules['redis.exceptions'] = None"
+    result = run("demo", "--layer", "redis://localhost", before=before)
+    assert result.returncode == 2
+    assert "pip install 'anyio_channels[redis]'" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -246,6 +246,7 @@ def test_payloads_are_those_of_channels_redis(
     assert theirs.deserialize(ours.seal(body)) == message
     assert read(ours, theirs.serialize(message)) == message
     assert ours.encode_again(ours.decode_body(body)) == body
+    assert ours.decode_copy(body) == message
     addressed = ours.address(body, RESERVED_KEY, "specific.x!y")
     assert theirs.deserialize(ours.seal(addressed)) == {**message, RESERVED_KEY: "specific.x!y"}
 

@@ -18,12 +18,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode
 
 import pytest
 from anyio import Event, create_task_group, fail_after, run
+from layers_on_redis import new_prefix
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from redis_server import RedisServer
 from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
@@ -120,6 +123,11 @@ class Visitor:
             message = self.receive()
             if message["type"] == kind and values.items() <= message.items():
                 return message
+
+    def await_sign_of(self, name: str) -> None:
+        """Read on until that visitor asks who is here, or answers."""
+        while (message := self.receive())["type"] not in {"here", "who"} or message["name"] != name:
+            pass
 
     def say(self, text: str) -> None:
         self.socket.send(json.dumps({"type": "say", "text": text}))
@@ -374,6 +382,71 @@ def test_slow_visitor_stalls_nobody(demo: Demo) -> None:
             ann.await_message("who", name="slow")  # it asks again who is here, for it may have missed that
             slow.await_message("here", name="bob")
             demo.stop(signal.SIGINT)
+
+
+# Several processes on one Redis
+
+
+@pytest.fixture(params=["redis", "redis+pubsub"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@contextmanager
+def two_demos(scheme: str, server: RedisServer, **options: object) -> Iterator[tuple[Demo, Demo]]:
+    """One on asyncio, one on trio."""
+    url = f"{scheme}://{server.host}:{server.port}/0?" + urlencode({"prefix": new_prefix(), **options})
+    with Demo("--backend", "asyncio", "--layer", url) as one, Demo("--backend", "trio", "--layer", url) as other:
+        assert "?" not in one.announcement
+        yield one, other
+
+
+def test_processes_share_their_rooms(scheme: str, redis_server: RedisServer) -> None:
+    """Visitors of two processes see each other come and go, and hear each other."""
+    with two_demos(scheme, redis_server) as (one, other), one.visit("ann") as ann:
+        with other.visit("bob") as bob, other.visit("cat", room="garden") as cat:
+            ann.await_message("joined", name="bob", id=bob.id)
+            bob.await_message("here", name="ann", id=ann.id)
+            ann.say("hello, bob")
+            bob.await_message("said", name="ann", text="hello, bob")
+            bob.say("hello, ann")
+            ann.await_message("said", name="ann", text="hello, bob")
+            ann.await_message("said", name="bob", text="hello, ann")
+            cat.say("for the garden")
+            assert cat.await_message("said")["name"] == "cat"
+        assert ann.await_message("left")["name"] == "bob"
+        one.stop(signal.SIGINT)
+        other.stop(signal.SIGTERM)
+
+
+def test_the_chat_survives_redis(scheme: str, tmp_path: Path) -> None:
+    """While Redis is away, who is there is told so, and who comes is asked to come later; then they chat on."""
+    with (
+        RedisServer(tmp_path) as server,
+        two_demos(scheme, server, timeout=1, connect_timeout=1) as (one, other),
+        one.visit("ann") as ann,
+        other.visit("bob") as bob,
+    ):
+        ann.await_message("joined", name="bob")
+        server.kill()
+        ann.say("into the void")
+        assert "cannot reach" in ann.await_message("error")["text"]
+        with connect(other.url(name="cat")) as refused, pytest.raises(ConnectionClosed, match="1013"):
+            refused.recv(PATIENCE)
+        server.start()
+        for visitor, name in ((ann, "bob"), (bob, "ann")):
+            visitor.await_message("channel_layer.gap", missed=None)
+            visitor.await_message("roll_call")
+            visitor.await_sign_of(name)
+        ann.say("back again")
+        assert bob.await_message("said")["text"] == "back again"
+        bob.say("me too")
+        ann.await_message("said", text="me too")
+        assert other.said_wrong()
+        for demo in (one, other):
+            said = demo.said_wrong()
+            assert said.splitlines() == [line for line in said.splitlines() if line.endswith("; trying again")], said
 
 
 # The page

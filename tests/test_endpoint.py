@@ -26,7 +26,7 @@ from anyio_channels.layers.redis.endpoint import Endpoint, parse_host, parse_hos
 from anyio_channels.layers.redis.topology import Topology
 
 SECRET = "s3cret"
-HELLO = b"%1\r\n$5\r\nproto\r\n:3\r\n"
+HELLO = b"%2\r\n$5\r\nproto\r\n:3\r\n$7\r\nversion\r\n$11\r\n7.0.15-rc.2\r\n"
 TIME = b"*2\r\n$10\r\n1700000000\r\n$6\r\n500000\r\n"
 
 
@@ -465,6 +465,7 @@ async def test_hello(endpoint: Endpoint, hello: list[str]) -> None:
     async with serving(stream) as connection:
         stream.answer(HELLO + b"-ERR unknown subcommand 'SETINFO'\r\n+PONG\r\n" + TIME)
         assert await endpoint.shake_hands(connection) == 1_700_000_000.5
+        assert connection.version == (7, 0, 15)
         assert len(stream.written) == 1
         assert commands(stream) == [
             [part.encode() for part in hello],
@@ -541,12 +542,15 @@ async def test_the_server_refuses(answers: bytes, error: type[Exception], words:
 @pytest.mark.parametrize(
     "answers",
     [
-        b"*2\r\n+proto\r\n:3\r\n+OK\r\n+PONG\r\n" + TIME,
-        b"%1\r\n+proto\r\n:2\r\n+OK\r\n+PONG\r\n" + TIME,
+        b"*4\r\n+proto\r\n:3\r\n+version\r\n+7\r\n+OK\r\n+PONG\r\n" + TIME,
+        b"%2\r\n+proto\r\n:2\r\n+version\r\n+7\r\n+OK\r\n+PONG\r\n" + TIME,
+        b"%1\r\n+proto\r\n:3\r\n+OK\r\n+PONG\r\n" + TIME,
         b"+OK\r\n" * 4,
         HELLO + b"+OK\r\n" * 3,
+        HELLO + b"+OK\r\n" * 2 + b"*1\r\n:1\r\n",
+        HELLO + b"+OK\r\n" * 2 + b"*2\r\n+now\r\n+then\r\n",
     ],
-    ids=["array", "RESP2", "OK to all", "no time"],
+    ids=["array", "RESP2", "no version", "OK to all", "OK to TIME", "half a time", "no numbers"],
 )
 async def test_what_is_not_redis(answers: bytes) -> None:
     """Whatever else answers to these commands is not taken for Redis."""

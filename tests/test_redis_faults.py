@@ -443,16 +443,25 @@ async def test_a_server_that_is_no_redis(kind: Kind, answer: bytes) -> None:
 @both
 async def test_cut_after_every_byte(kind: Kind, server: RedisServer) -> None:
     """The connection cut after N bytes, for every N of a handshake and a send: an error or success, never a hang or both."""
+    async with make(kind, server.url) as layer:
+        await layer.send("a", {"n": 0})  # from now on Redis has the scripts
     async with Proxy(server.host, server.port) as proxy, make(kind, proxy.url) as layer:
+        await layer._execute("PING")
+        opened = (proxy.bytes_to_server - 50, proxy.bytes_to_client - 50)
         await layer.send("a", {"n": 0})
-        lengths = {"n_bytes_to_server": proxy.bytes_to_server, "n_bytes_to_client": proxy.bytes_to_client}
+        # The handshake of the two layers is the same; numbers in it may grow by a few digits.
+        start = (1, 1) if kind is PUBSUB else opened
+        lengths = {
+            "n_bytes_to_server": range(start[0], proxy.bytes_to_server + 20),
+            "n_bytes_to_client": range(start[1], proxy.bytes_to_client + 20),
+        }
     outcomes: set[str] = set()
-    limiter = anyio.CapacityLimiter(16)
+    limiter = anyio.CapacityLimiter(64)
 
     async def attempt(limit: dict[str, int]) -> None:
         async with limiter, Proxy(server.host, server.port) as proxy:
             proxy.cut_after(**limit)
-            layer = make(kind, proxy.url, connect_timeout=0.05, timeout=0.5)
+            layer = make(kind, proxy.url, connect_timeout=0.2, timeout=0.5)
             with fail_after(PATIENCE), suppress(redis.exceptions.RedisError):
                 async with layer:
                     try:
@@ -466,8 +475,8 @@ async def test_cut_after_every_byte(kind: Kind, server: RedisServer) -> None:
                         outcomes.add("sent")
 
     async with create_task_group() as tg:
-        for direction, length in lengths.items():
-            for count in range(1, length + 2):
+        for direction, counts in lengths.items():
+            for count in counts:
                 tg.start_soon(attempt, {direction: count})
     assert {"sent", "may have"} <= outcomes
 

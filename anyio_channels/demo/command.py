@@ -8,10 +8,8 @@ Rules:
 from __future__ import annotations
 
 import errno
-import logging
 import re
 import socket
-from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -22,7 +20,7 @@ from anyio_channels import __version__
 from anyio_channels.layers import BaseChannelLayer, create_channel_layer
 
 from .app import MIN_MESSAGE_SIZE
-from .server import listen, serve_chat
+from .server import LayerRefusedError, listen, serve_chat
 
 __all__ = ["cli"]
 
@@ -70,20 +68,15 @@ def demo(backend: str, url: str, host: str, port: int) -> None:
 
 
 async def _run(layer: BaseChannelLayer, url: str, listener: socket.socket, backend: str) -> None:
-    async with AsyncExitStack() as stack:
-        logger = logging.getLogger("anyio_channels")
-        logger.disabled = True  # why it cannot be opened is said once
-        try:
-            await stack.enter_async_context(layer)
-        except Exception as error:
-            raise click.ClickException(f"cannot open the layer {_shown(url)}: {_censored(error, url)}") from error
-        finally:
-            logger.disabled = False
+    try:
         await serve_chat(
             layer,
             listener,
             lambda address: click.echo(f"Chat on {address} ({backend}, {_shown(url)}) - Ctrl-C stops it"),
         )
+    except LayerRefusedError as error:
+        trouble = f"cannot open the layer {_shown(url)}: {_censored(error.__cause__, url)}"
+        raise click.ClickException(trouble) from error
 
 
 def _create_layer(url: str) -> BaseChannelLayer:
@@ -106,7 +99,7 @@ def _shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _censored(error: Exception, url: str) -> str:
+def _censored(error: BaseException | None, url: str) -> str:
     """Return the text of ``error`` without the user and password in ``url``, which may be no valid URL."""
     found = re.search(r"//([^/?#]+)@", url)
     return str(error) if found is None else str(error).replace(found[1], "***")

@@ -2,16 +2,18 @@
 
 Rules:
 - the address is announced when it answers, not before.
-- SIGINT and SIGTERM end it in order: no new connections, then those there are, then the layer.
+- SIGINT and SIGTERM end it in order: no new connections, then those there are, then the layer; or at once while the
+  layer is being opened.
 - nobody holds it up: a connection that has not ended shortly after the signal is hung up on.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,12 +26,16 @@ from anyio_channels.layers import BaseChannelLayer
 
 from .app import create_app
 
-__all__ = ["listen", "serve_chat"]
+__all__ = ["LayerRefusedError", "listen", "serve_chat"]
 
 _BACKLOG: Final = 1024
 _MAX_FRAME: Final = 64 * 1024
 _GRACE: Final = 0.3
 _HANG_UP_AFTER: Final = 1.0
+
+
+class LayerRefusedError(Exception):
+    """The layer cannot be opened; the cause says why."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -39,11 +45,42 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve_chat(layer: BaseChannelLayer, listener: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serve the chat over the open ``layer`` at ``listener``, which it closes, until SIGINT or SIGTERM.
+    """Open ``layer`` and serve the chat over it at ``listener``, which it closes, until SIGINT or SIGTERM.
 
-    ``announce`` is called with the address of the page as soon as it can be visited.
+    ``announce`` is called with the address of the page as soon as it can be visited. Raises ``LayerRefusedError``.
     """
-    port: int = listener.getsockname()[1]
+    opened = Event()
+    stopping = Event()
+    refusal: Exception | None = None
+    async with create_task_group() as watching:
+        watch = partial(_watch_signals, opened, stopping, watching.cancel_scope.cancel, listener.getsockname()[1])
+        await watching.start(watch)
+        async with AsyncExitStack() as stack:
+            try:
+                await _open_quietly(layer, stack)
+            except Exception as error:  # noqa: BLE001 - whatever a layer raises
+                refusal = error
+            else:
+                opened.set()
+                await _serve(layer, listener, announce, stopping)
+        watching.cancel_scope.cancel()
+    if refusal is not None:
+        raise LayerRefusedError from refusal
+
+
+async def _open_quietly(layer: BaseChannelLayer, stack: AsyncExitStack) -> None:
+    """Open the layer until ``stack`` closes it; what it logs meanwhile is in the error that it raises."""
+    logger = logging.getLogger("anyio_channels")
+    logger.disabled = True
+    try:
+        await stack.enter_async_context(layer)
+    finally:
+        logger.disabled = False
+
+
+async def _serve(
+    layer: BaseChannelLayer, listener: socket.socket, announce: Callable[[str], None], stopping: Event
+) -> None:
     config = Config()
     config.bind = f"fd://{listener.detach()}"
     config.backlog = _BACKLOG
@@ -52,19 +89,24 @@ async def serve_chat(layer: BaseChannelLayer, listener: socket.socket, announce:
     config.websocket_max_message_size = _MAX_FRAME
     config.websocket_permessage_deflate = False  # most connections are from this machine
     app: Any = create_app(layer)  # Starlette's types and anycorn's describe the same protocol in different words
-    stopping = Event()
-    async with create_task_group() as watching:
-        await watching.start(_watch_signals, stopping, port)
-        async with create_task_group() as serving:
-            run = partial(serve, app, config, shutdown_trigger=stopping.wait)
-            announce((await serving.start(run))[0])
-        watching.cancel_scope.cancel()
+    async with create_task_group() as serving:
+        run = partial(serve, app, config, shutdown_trigger=stopping.wait)
+        announce((await serving.start(run))[0])
 
 
-async def _watch_signals(stopping: Event, port: int, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+async def _watch_signals(
+    opened: Event,
+    stopping: Event,
+    give_up: Callable[[], None],
+    port: int,
+    *,
+    task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
+) -> None:
     with open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
+            if not opened.is_set():
+                give_up()
             stopping.set()
             await sleep(_HANG_UP_AFTER)
             _hang_up(port)

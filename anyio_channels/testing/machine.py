@@ -202,7 +202,7 @@ class ContractMachine(RuleBasedStateMachine):
                     at += 1
             self.counts.expired += expired
             if expired and not channel.owned:
-                channel.kept = self.features.keeps_unread
+                channel.kept = self.features.keeps_unread or bool(channel.entries)
                 if self.features.leaves_groups == "all" or not channel.normal:
                     for members in self.groups.values():
                         members.pop(name, None)

@@ -124,11 +124,15 @@ class Endpoint:
                     ) from error
                 raise
         greeting = requests[0].reply
-        if not isinstance(greeting, dict) or greeting.get(b"proto") != 3 or not isinstance(time.reply, list):  # noqa: PLR2004
+        try:
+            protocol, version = greeting[b"proto"], greeting[b"version"]
+            seconds, microseconds = map(int, time.reply)
+        except (LookupError, TypeError, ValueError):
+            protocol = None
+        if protocol != 3 or not isinstance(time.reply, list):  # noqa: PLR2004
             raise redis.exceptions.ConnectionError(f"{self.name} does not answer as Redis would: {greeting!r:.100}")
-        connection.version = tuple(int(part) for part in re.findall(rb"\d+", greeting.get(b"version", b""))[:3])
-        seconds, microseconds = time.reply
-        return int(seconds) + int(microseconds) / 1_000_000
+        connection.version = tuple(int(part) for part in re.findall(r"\d+", str(version))[:3])
+        return seconds + microseconds / 1_000_000
 
 
 def parse_hosts(hosts: Sequence[Host] | None) -> list[Endpoint]:

@@ -68,7 +68,7 @@ class _PubSubChannel(Channel):
 
     def expired_unread(self) -> None:
         super().expired_unread()
-        self.deserted = not self.owned
+        self.deserted = not (self.owned or self.entries)
         self.directory.layer.look_after(self)
 
 
