@@ -136,22 +136,21 @@ class Worker:
 
     async def run(self) -> None:
         self.native = anyio.get_cancelled_exc_class() is asyncio.CancelledError
-        async with self.layer, self.other:
-            async with AsyncExitStack() as stack:
-                mine = {}
-                for number in range(INBOXES):
-                    groups = GROUPS if number == 0 else [GROUPS[number % len(GROUPS)]]
-                    options = SMALL.get(number, {"capacity": 100_000})
-                    inbox = await stack.enter_async_context(self.layer.subscribe(*groups, **options))
-                    mine[inbox.channel] = groups
-                if self.plan.kind == "pubsub":
-                    for channel in NORMAL:
-                        await self.until_kept(channel)
-                inboxes: dict[str, list[str]] = (await self.say(inboxes=mine))["inboxes"]
-                await self.storm(list(mine), inboxes)
-                await self.say(done="quiet")  # no worker does anything now
-                await self.drain(list(mine))
-                self.books.statistics = asdict(self.layer.statistics())
+        async with self.layer, self.other, AsyncExitStack() as stack:
+            mine = {}
+            for number in range(INBOXES):
+                groups = GROUPS if number == 0 else [GROUPS[number % len(GROUPS)]]
+                options = SMALL.get(number, {"capacity": 100_000})
+                inbox = await stack.enter_async_context(self.layer.subscribe(*groups, **options))
+                mine[inbox.channel] = groups
+            if self.plan.kind == "pubsub":
+                for channel in NORMAL:
+                    await self.until_kept(channel)
+            inboxes: dict[str, list[str]] = (await self.say(inboxes=mine))["inboxes"]
+            await self.storm(list(mine), inboxes)
+            await self.say(done="quiet")  # no worker does anything now
+            await self.drain(list(mine))
+            self.books.statistics = asdict(self.layer.statistics())
         await self.say(**asdict(self.books))
 
     # The storm
