@@ -127,7 +127,7 @@ def test_signal_while_redis_does_not_answer(backend: str, number: int) -> None:
             silent.accept()[0],
         ):
             process.send_signal(number)
-            assert process.communicate(timeout=30) == ("", None)
+            assert process.communicate(timeout=30)[0] == ""
     assert process.returncode == 0
 
 

@@ -758,7 +758,7 @@ replies = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=5).map(lambda items: aggregate(b"*", items)),
         st.lists(inner, max_size=5).map(lambda items: aggregate(b"~", items)),
-        st.lists(st.tuples(hashable, inner), max_size=4).map(map_of),
+        st.lists(st.tuples(hashable, inner), max_size=4, unique_by=lambda pair: pair[0][1]).map(map_of),
     ),
     max_leaves=8,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import pytest
@@ -44,14 +45,14 @@ class Case:
         """Another process sends them, one after the other, at once."""
         codec = self.layer._codec
         for number in numbers:
-            seconds, microseconds = self.client.time()  # type: ignore[misc]
+            seconds, microseconds = self.client.time()
             entry = codec.seal(codec.encode({"n": number}))
             self.client.zadd(self.layer.channel_key("work"), {entry: seconds + microseconds / 1_000_000})
 
     def left(self) -> list[int]:
         """What is in Redis."""
         codec = self.layer._codec
-        entries = self.client.zrange(self.layer.channel_key("work"), 0, -1)
+        entries: Any = self.client.zrange(self.layer.channel_key("work"), 0, -1)
         return [codec.decode_body(codec.unseal(entry))["n"] for entry in entries]
 
     async def receive(self) -> None:

@@ -204,7 +204,9 @@ class Storm:
     def goals(self, target: str) -> list[set[Place]]:
         """Where a message to ``target`` should come: for each of the sets, to all in it or to none."""
         if target in GROUPS:
-            members = {(name, self.process_of[name]) for name, groups in self.inboxes.items() if target in groups}
+            members: set[Place] = {
+                (name, self.process_of[name]) for name, groups in self.inboxes.items() if target in groups
+            }
             if self.plans[0].kind == "pubsub":
                 return [members]
             # A process has room for all its members or for none.

@@ -58,6 +58,11 @@ class Channel(Mailbox[Any]):
         self.groups: set[Group] | None = None
 
     @property
+    def attended(self) -> bool:
+        """Whether messages come here without anybody asking for them, so that one can just wait."""
+        return True
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in here, nobody waits, no inbox owns it and no group lists it."""
         return not (self.owned or self.groups) and super().idle

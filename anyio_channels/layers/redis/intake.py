@@ -85,6 +85,11 @@ class QueueChannel(Channel):
         self.blocked: bool = False
 
     @property
+    def attended(self) -> bool:
+        """Whether it is emptied as messages come, as process-specific channels are."""
+        return not self.normal
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in here or on its way here."""
         return not (self.fetching or self.blocked) and super().idle

@@ -309,11 +309,14 @@ class RedisLayer(BaseChannelLayer):
         """
         source = self._here.channels.get(channel) if channel.__class__ is str else None  # a name that is there is valid
         item = None
-        if source is not None and source.entries and self._is_open and get_ident() == self._thread:
-            state = thread.state
-            if state.is_due():
-                await state.give_way()
-            item = source.take_at_once()
+        if source is not None and self._is_open and get_ident() == self._thread:
+            if source.entries:
+                state = thread.state
+                if state.is_due():
+                    await state.give_way()
+                item = source.take_at_once()
+            elif source.attended:
+                item = await source.take()
         if source is None or item is None:
             source, item = await self._wait(channel)
         if item.__class__ is bytes:

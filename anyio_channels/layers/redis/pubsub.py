@@ -50,14 +50,19 @@ class _Subscription:
 class _PubSubChannel(Channel):
     """A channel that is listed, and so subscribed to, until a message expires there unread."""
 
-    __slots__ = ("deserted",)
+    __slots__ = ("deserted", "subscription")
 
     directory: _PubSubDirectory
 
     def __init__(self, directory: Directory, name: str, capacity: int, **options: Any) -> None:
         super().__init__(directory, name, capacity, **options)
         self.deserted: bool = False
-        self.directory.layer.want(name)
+        self.subscription: _Subscription = self.directory.layer.want(name)
+
+    @property
+    def attended(self) -> bool:
+        """Whether Redis has confirmed its subscription."""
+        return self.subscription.confirmed
 
     @property
     def idle(self) -> bool:
@@ -350,10 +355,12 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     # Subscriptions
 
-    def want(self, name: str) -> None:
+    def want(self, name: str) -> _Subscription:
         """The Redis channel ``name`` is to be subscribed to. For parts of the layer."""
-        if name not in self._wanted:
-            self._wanted[name] = _Subscription()
+        subscription = self._wanted.get(name)
+        if subscription is None:
+            subscription = self._wanted[name] = _Subscription()
+        return subscription
 
     def unwant(self, name: str) -> None:
         """The Redis channel ``name`` is not needed any more. For parts of the layer."""
