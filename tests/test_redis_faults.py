@@ -688,3 +688,134 @@ async def test_a_key_of_another_type(server: RedisServer) -> None:
         await until(lambda: any(isinstance(one, redis.exceptions.ResponseError) for one in got))
         await layer.send("good", {"n": 2})
         await until(lambda: {"n": 2} in got)
+
+
+# What is begun, left or held while Redis is away
+
+
+@asynccontextmanager
+async def away(proxy: Proxy, layer: RedisLayer) -> AsyncGenerator[None]:
+    """Redis cannot be reached in this block, and can afterwards."""
+    proxy.refuse()
+    proxy.cut_all()
+    await until(lambda: layer.statistics().connections == 0)
+    yield
+    proxy.refuse(False)
+    await until(lambda: layer.statistics().connections == len(layer._links))
+
+
+@both
+async def test_receiving_begun_while_away(kind: Kind, server: RedisServer) -> None:
+    """A receive that begins while Redis is away waits, on a channel that is new too; calls that need Redis fail."""
+    async with Proxy(server.host, server.port) as proxy, make(kind, proxy.url, timeout=0.2) as layer:
+        async with create_task_group() as tg:
+            got: list[Any] = []
+
+            async def read() -> None:
+                got.append(await layer.receive("new"))
+
+            async with away(proxy, layer):
+                tg.start_soon(read)
+                await until(lambda: layer.statistics().waiting_receivers == 1)
+                for call in (lambda: layer.send("a", {}), lambda: layer.group_send("room", {}), layer.flush):
+                    with pytest.raises(redis.exceptions.ConnectionError, match="cannot be reached.*was not sent"):
+                        await call()
+            await until(lambda: kind is QUEUE or layer._wanted["new"].confirmed)
+            await layer.send("new", {"n": 1})
+            await until(lambda: got == [{"n": 1}])
+
+
+@both
+async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
+    """An inbox is left at once while Redis is away, and Redis is told later; one that cannot join is no member."""
+    async with Proxy(server.host, server.port) as proxy, make(kind, proxy.url, timeout=0.2) as layer:
+        async with layer.subscribe("stays") as stays:
+            async with layer.subscribe("room"):
+                proxy.refuse()
+                proxy.cut_all()
+                await until(lambda: layer.statistics().connections == 0)
+                with pytest.raises(redis.exceptions.ConnectionError):
+                    await stays.join("other")
+                if kind is PUBSUB:
+                    with pytest.raises(redis.exceptions.ConnectionError):
+                        await layer.new_channel()
+                    with pytest.raises(redis.exceptions.ConnectionError):
+                        await layer.subscribe().__aenter__()
+            assert layer.statistics().groups == 1
+            proxy.refuse(False)
+            await until(lambda: layer.statistics().connections == len(layer._links))
+            assert await layer.group_channels("room") == await layer.group_channels("other") == set()
+            assert await layer.group_channels("stays") == {stays.channel}
+            if kind is PUBSUB:
+                with server.client() as client:
+                    assert set(client.pubsub_channels("*")) == {
+                        name.encode() for name in (stays.channel, layer.group_key("stays"))
+                    }
+
+
+async def test_held_while_away(server: RedisServer) -> None:
+    """What was popped for a reader who is gone waits here while Redis is away: for a reader here, or to be given back."""
+    async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url, timeout=0.2) as layer:
+        source = layer._channel("a")
+        async with away(proxy, layer):
+            for number in range(3):
+                entry = payload({"n": number}, b"%12d" % number)
+                layer._put_normal(source, entry, str(time.time() + number / 1000), layer._link.server_time)
+            layer.look_after(source)
+            await anyio.wait_all_tasks_blocked()
+            assert await layer.receive("a") == {"n": 0}
+        with server.client() as client:
+            await until(lambda: client.zcard(layer.channel_key("a")) == 2)
+        assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
+        assert layer.statistics().received == 3
+
+
+async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """A message that Redis does not take back is counted as discarded, and logged."""
+    async with make(QUEUE, server.url) as layer:
+        source = layer._channel("a")
+        with server.client() as client:
+            client.set(layer.channel_key("a"), "text")
+        layer._put_normal(source, payload({"n": 1}), str(time.time()), layer._link.server_time)
+        layer.look_after(source)
+        await until(lambda: layer.statistics().discarded == 1)
+        assert "could not be given back" in caplog.text
+
+
+@pytest.mark.parametrize("pops_many", [True, False])
+async def test_scripts_lost_while_messages_come(server: RedisServer, pops_many: bool) -> None:
+    """A burst for this process comes whole and in order, from a Redis that lost the scripts, and from one before 7.0."""
+    layer = make(QUEUE, server.url, capacity=5000)
+    async with layer, make(QUEUE, server.url, capacity=5000, prefix=layer.prefix) as sender, create_task_group() as tg:
+        tg.start_soon(layer.receive, "normal")  # so that the blocking pop takes one at a time
+        await until(lambda: layer._popping and layer._blocked)
+        layer._pops_many = pops_many
+        channel = await layer.new_channel()
+        for burst in range(3):
+            with server.client() as client:
+                client.script_flush()
+            for number in range(100):
+                await sender.send(channel, {"n": number, "burst": burst})
+            with fail_after(PATIENCE):
+                got = [await layer.receive(channel) for _ in range(100)]
+            assert got == [{"n": number, "burst": burst} for number in range(100)]
+        async with create_task_group() as senders:
+            for number in range(2500):
+                senders.start_soon(sender.send, channel, {"n": number})
+        with fail_after(PATIENCE):
+            assert sorted([(await layer.receive(channel))["n"] for _ in range(2500)]) == list(range(2500))
+        tg.cancel_scope.cancel()
+
+
+async def test_closing_while_redis_stands_still(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Closing takes no longer than timeout when Redis does not answer, and when it is gone."""
+    layer = make(QUEUE, server.url, timeout=0.2)
+    with fail_after(PATIENCE):
+        async with layer, layer.subscribe("room"):
+            await until(lambda: layer._popping)
+            server.pause()
+        server.resume()
+        async with layer:
+            await layer.new_channel()
+            await until(lambda: layer._popping)
+            await to_thread.run_sync(server.kill)
