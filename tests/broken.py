@@ -9,8 +9,8 @@ import anyio
 
 from anyio_channels import InMemoryChannelLayer
 from anyio_channels.layers.base import Message
-from anyio_channels.layers.mailbox import Waiter
 from anyio_channels.layers.local import Channel, Group
+from anyio_channels.layers.mailbox import Waiter
 
 
 class OverAccepts(InMemoryChannelLayer):

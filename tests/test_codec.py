@@ -14,7 +14,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from channels_redis.serializers import registry  # type: ignore[import-untyped]
+from channels_redis.serializers import registry
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -572,6 +572,28 @@ async def test_the_owner_ends_it() -> None:
     assert stream.closed
 
 
+async def test_a_mistake_is_not_lost() -> None:
+    """What on_push raises comes out of run(), even if its owner cancels it as soon as he hears of the end."""
+    stream = ScriptedStream()
+
+    def fail(push: list[Any]) -> None:
+        raise ZeroDivisionError
+
+    connection = Connection(stream, NAME, timeout=PATIENCE, on_push=fail)
+    with pytest.raises(ExceptionGroup) as info:
+        async with in_time(), create_task_group() as tasks:
+            tasks.start_soon(connection.run)
+            (request,), _ = submit(connection)
+            await stream.wrote()
+            stream.feed(b">0\r\n")
+            await connection.wait_ended()
+            tasks.cancel_scope.cancel()
+    assert info.group_contains(ZeroDivisionError)
+    assert stream.closed
+    with pytest.raises(ConnectionLost, match="ended: it was closed; the command may have run"):
+        request.result()
+
+
 async def test_ended_before_it_ran() -> None:
     """A connection that ended before run() closes its stream and serves nobody."""
     stream = ScriptedStream()

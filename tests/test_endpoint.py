@@ -407,7 +407,7 @@ async def test_tls_is_cancelled() -> None:
             await parse_host(f"rediss://{script.host}:{script.port}").connect()
         assert scope.cancelled_caught
         with fail_after(PATIENCE):
-            while script.open_connections:  # noqa: ASYNC110 - what is counted tells nobody
+            while script.open_connections:
                 await sleep(0.005)
 
 

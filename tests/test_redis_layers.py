@@ -570,7 +570,7 @@ def test_attributes_of_the_packages() -> None:
     for package in (anyio_channels, anyio_channels.layers):
         assert package.RedisChannelLayer is RedisChannelLayer
         with pytest.raises(AttributeError, match="has no attribute 'RedisLayer'"):
-            _ = package.RedisLayer  # type: ignore[attr-defined]
+            _ = package.RedisLayer
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

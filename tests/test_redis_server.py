@@ -67,7 +67,7 @@ async def receive_all(stream: ByteStream) -> bytes:
 
 async def until(condition: Callable[[], bool]) -> None:
     with fail_after(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - what is counted tells nobody
+        while not condition():
             await anyio.sleep(0.005)
 
 

@@ -277,11 +277,11 @@ class Storm:
 @pytest.mark.parametrize("kind", ["queue", "pubsub"])
 def test_the_books_balance(server: RedisServer, kind: str, seed: int) -> None:
     """After the storm: what was sent was received or is still there, nothing twice, in order; nothing else is left."""
-    storm = Storm(server, kind, seed, messages=1500)
+    storm = Storm(server, kind, seed, messages=1200)
     storm.run()
     storm.check_statistics()
     storm.check_messages()
     storm.check_order()
     outcomes = storm.outcomes()
-    assert min(outcomes["sent"], outcomes["cancelled"]) > 500
+    assert min(outcomes["sent"], outcomes["cancelled"]) > 300
     assert (kind == "queue") == (outcomes["full"] > 50)

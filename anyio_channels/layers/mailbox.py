@@ -498,10 +498,10 @@ class Mailbox(Expirable, Generic[T]):
             entries.clear()
         self._call_senders(rung)
 
-    def withdraw(self) -> list[T]:
-        """Take out all items that are promised to nobody, as if they had never been put in; gaps stay."""
+    def withdraw(self, *, promised: bool = False) -> list[T]:
+        """Take out all items that are promised to nobody, or all, as if they had never been put in."""
         entries = self.entries
-        keep = 0 if self._readers is None else self._readers.promised
+        keep = 0 if promised or self._readers is None else self._readers.promised
         taken: list[T] = []
         while len(entries) > keep:
             item = entries.pop()[1]

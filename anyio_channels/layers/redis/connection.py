@@ -23,6 +23,7 @@ import hiredis
 import redis.exceptions
 from anyio import (
     BrokenResourceError,
+    CancelScope,
     ClosedResourceError,
     EndOfStream,
     Event,
@@ -168,8 +169,10 @@ class Connection:
                     self._stop()
         finally:
             self.end("it was closed")
-            # Not aclose(): TLS would wait for the other side to say goodbye, and it may not be there.
-            await aclose_forcefully(self._stream)
+            # Not aclose(): TLS would wait for the other side to say goodbye, and it may not be there. Shielded, for who hears
+            # of the end may cancel us now, and what is raised here, a mistake of ours, must not be lost in that.
+            with CancelScope(shield=True):
+                await aclose_forcefully(self._stream)
 
     def end(self, why: str, *, cause: BaseException | None = None, kind: type[ConnectionLost] = ConnectionLost) -> None:
         """End the connection, if it has not ended: everyone who waits gets a ``ConnectionLost`` that says ``why``."""

@@ -90,16 +90,25 @@ class Endpoint:
             await stream.aclose()
             raise
 
+    async def _credentials(self) -> tuple[str | None, str | None]:
+        if self.credential_provider is None:
+            return self.username, self.password
+        try:
+            # It may ask a service over the network, and knows nothing of our event loop.
+            found = await to_thread.run_sync(self.credential_provider.get_credentials, abandon_on_cancel=True)
+        except Exception as error:
+            # Whatever it raises; and what it says may hold what it should not.
+            raise redis.exceptions.ConnectionError(
+                f"{self.name}: the credential provider failed with {type(error).__name__}"
+            ) from error
+        return (found[0], found[1]) if len(found) == 2 else (None, found[0])  # noqa: PLR2004 - or a password alone
+
     async def shake_hands(self, connection: Connection) -> float:
         """Log in, agree on RESP3, choose the database; return the server's time in seconds.
 
         Raises the server's refusal as an error of the ``redis`` package; ``BusyLoadingError`` while it loads its data.
         """
-        username, password = self.username, self.password
-        if self.credential_provider is not None:
-            # It may ask a service over the network, and knows nothing of our event loop.
-            credentials = await to_thread.run_sync(self.credential_provider.get_credentials, abandon_on_cancel=True)
-            username, password = credentials if len(credentials) == 2 else (None, credentials[0])  # noqa: PLR2004
+        username, password = await self._credentials()
         hello: list[str] = ["HELLO", "3"]
         if username or password:
             hello += ["AUTH", username or "default", password or ""]

@@ -141,6 +141,7 @@ class QueueIntake(RedisLayer):
         self._waking = False
         self._rounds = 0
         self._client_id: int | None = None
+        self._fetches = 0  # pops in flight on the connection for commands
         self._restless: set[QueueChannel] = set()
         self._late: list[tuple[str, Popped]] = []
         self._to_leave: list[tuple[str, str]] = []
@@ -210,6 +211,7 @@ class QueueIntake(RedisLayer):
                 self._block(channel)
             return
         channel.fetching = True
+        self._fetches += 1
         self._link.call_soon(
             POP,
             [channel.key, self._room_key(channel.key)],
@@ -220,6 +222,7 @@ class QueueIntake(RedisLayer):
 
     def _fetched(self, channel: QueueChannel, request: Request) -> None:
         channel.fetching = False
+        self._fetches -= 1
         if request.error is None:
             self._popped(channel, request.reply)
         elif not isinstance(request.error, _PASSING):
@@ -274,20 +277,21 @@ class QueueIntake(RedisLayer):
                 self.fetch(channel)
                 continue
             if channel.blocked:
-                self._unblock(channel)
-            if self._link.connection is None:
+                self._wake()  # it is unblocked when the pop has ended, which may have taken a message already
+            connection = self._link.connection
+            if connection is None:
                 self._restless.add(channel)  # until Redis is back; a reader here may have it meanwhile
                 continue
             with self._room:
                 items = channel.withdraw()
-            self._give_back(channel.key, [item for item in items if isinstance(item, Popped)])
+            self._give_back(connection, channel.key, [item for item in items if isinstance(item, Popped)])
         if self._pop_trouble is not None:
             self._pop_trouble = None
             await sleep(_TROUBLE_PAUSE)
             self._pop()
         self._leave_now()
 
-    def _give_back(self, key: str, items: list[Popped]) -> None:
+    def _give_back(self, connection: Connection, key: str, items: list[Popped]) -> None:
         """Put popped messages back to where they were."""
         if not items:
             return
@@ -302,7 +306,8 @@ class QueueIntake(RedisLayer):
             self._room.books.sent += len(items)
             self._room.books.discarded += len(items)
 
-        self._link.call_soon(GIVE_BACK, [key], self.expiry, *arguments, done=done)
+        # Whole: were it refused because Redis does not know it, the next pop would overtake it.
+        connection.submit("EVAL", GIVE_BACK.text, 1, key, self.expiry, *arguments, done=done)
 
     # The blocking pop
 
@@ -320,11 +325,6 @@ class QueueIntake(RedisLayer):
     def _block(self, channel: QueueChannel) -> None:
         channel.blocked = True
         self._blocked[channel.key] = channel
-        self._wake()
-
-    def _unblock(self, channel: QueueChannel) -> None:
-        channel.blocked = False
-        del self._blocked[channel.key]
         self._wake()
 
     def _wake(self) -> None:
@@ -348,6 +348,10 @@ class QueueIntake(RedisLayer):
         """Send the next blocking pop, and in front of it what empties the keys of this process."""
         if self._popping or not self._is_open or self._pop_trouble is not None:
             return
+        for channel in tuple(self._blocked.values()):
+            if not channel.demand:
+                channel.blocked = False
+                del self._blocked[channel.key]
         keys = [*self._own, *self._blocked]
         if not keys:
             return
@@ -356,6 +360,8 @@ class QueueIntake(RedisLayer):
             return  # it begins when the connection is up
         self._waking = False
         self._rounds += 1
+        if self._blocked:
+            self._to_drain.update(self._own)  # a busy normal channel must not keep them waiting
         for key in self._to_drain:
             script = ("EVALSHA", POP.digest)
             if self._pop_text_first:
@@ -401,9 +407,7 @@ class QueueIntake(RedisLayer):
                 channel.blocked = False
                 self._put_normal(channel, entry, repr(float(score)), self._popper.server_time)
                 self.fetch(channel)  # for more readers, and for senders who wait for room
-            elif key != self._wake_key:
-                # Its last reader left while the pop was on its way.
-                self._return_stray(key, entry, score)
+                self.look_after(channel)  # its last reader may have left while the pop was on its way
         self._pop()
 
     def _popped_many(self, key: str, entries: list[Any]) -> None:
@@ -415,16 +419,12 @@ class QueueIntake(RedisLayer):
         if len(entries) >= self._least_capacity:
             self._to_drain.add(key)  # it may have been full, and senders may wait for room: that script tells them
 
-    def _return_stray(self, key: str, entry: bytes, score: float) -> None:
-        self._late.append((key, Popped({}, entry, repr(float(score)))))
-        self._give_back_late()
-
     def _give_back_late(self) -> None:
-        if self._link.connection is None:
-            return
-        late, self._late = self._late, []
-        for key, popped in late:
-            self._give_back(key, [popped])
+        connection = self._link.connection
+        if connection is not None:
+            late, self._late = self._late, []
+            for key, popped in late:
+                self._give_back(connection, key, [popped])
 
     def _drained(self, key: str, request: Request) -> None:
         if isinstance(request.error, redis.exceptions.NoScriptError):
@@ -464,11 +464,11 @@ class QueueIntake(RedisLayer):
                 isinstance(name, str) and name.startswith(start) for name in names
             ):
                 raise Unreadable(f"{RESERVED_KEY} should name channels of this process, but is {names!r:.100}")  # noqa: TRY301
+            # Each receiver has a copy of its own, so what goes to several is kept encoded.
+            item = message if len(names) == 1 else self._codec.encode_again(message)
         except Unreadable as why:
             self._drop_unreadable(key, why)
             return
-        # Each receiver has a copy of its own, so what goes to several is kept encoded.
-        item = message if len(names) == 1 else self._codec.encode_again(message)
         rung: list[Waiter] = []
         dropped: list[str] = []
         with self._room:
@@ -513,7 +513,7 @@ class QueueIntake(RedisLayer):
                 if "!" not in channel.name:
                     self._late += [
                         (self.channel_key(channel.name), item)
-                        for item in channel.withdraw()
+                        for item in channel.withdraw(promised=True)
                         if isinstance(item, Popped)
                     ]
 
@@ -521,6 +521,8 @@ class QueueIntake(RedisLayer):
         await self._until_pop_ends()
         connection = self._link.connection
         if connection is not None:
+            while self._fetches:
+                await connection.execute("PING")
             self._give_back_late()
             self._leave_now()
             await connection.execute("UNLINK", self._wake_key, *self._own)

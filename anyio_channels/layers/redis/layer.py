@@ -179,7 +179,8 @@ class RedisLayer(BaseChannelLayer):
         self._links.append(self._link)
         self._is_open = True
         self._was_closed = False
-        self._scope = CancelScope()
+        # Whoever cancels all around the layer has it closed in order: until then the connection is needed.
+        self._scope = CancelScope(shield=True)
         self._stopped = Event()
         self._chores_bell = Event()
         self._tasks = create_task_group()

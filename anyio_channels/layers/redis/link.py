@@ -29,6 +29,13 @@ __all__ = ["Link", "Script"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
+_PASSING: Final = (
+    redis.exceptions.BusyLoadingError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+)
+"""Refusals that waiting cures."""
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
 
@@ -239,7 +246,8 @@ class Link:
         self.error = error
         self._refused = isinstance(error, ssl.SSLError) or (
             isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
-            and not isinstance(error, redis.exceptions.BusyLoadingError)
+            and not isinstance(error, _PASSING)
+            and "BUSY" not in str(error)  # a script that runs long; it has no class of its own
         )
         if self._refused:
             self._tell()

@@ -406,7 +406,7 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     def _pushed(self, push: list[Any]) -> None:
         """A message came."""
-        if push[0] != b"message":
+        if push[:1] != [b"message"]:
             return
         name = push[1].decode("utf-8", "replace")
         start = f"{self.prefix}__group__"
@@ -417,15 +417,15 @@ class RedisPubSubChannelLayer(RedisLayer):
         try:
             body = self._codec.unseal(push[2])
             message = self._codec.decode_body(body)
+            excluded: frozenset[str] = frozenset()
+            if EXCLUDE_KEY in message:
+                names = message.pop(EXCLUDE_KEY)
+                if isinstance(names, list):
+                    excluded = frozenset(name for name in names if isinstance(name, str))
+                body = self._codec.encode_again(message)
         except Unreadable as why:
             self._drop_unreadable(name, why)
             return
-        excluded: frozenset[str] = frozenset()
-        if EXCLUDE_KEY in message:
-            names = message.pop(EXCLUDE_KEY)
-            if isinstance(names, list):
-                excluded = frozenset(name for name in names if isinstance(name, str))
-            body = self._codec.encode_again(message)
         rung: list[Waiter] = []
         missed = 0
         with self._room:

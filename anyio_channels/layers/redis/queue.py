@@ -368,7 +368,7 @@ class RedisChannelLayer(QueueIntake):
 
     def _pushed(self, push: list[Any]) -> None:
         """Somebody made room."""
-        if push[0] == b"message":
+        if push[:1] == [b"message"]:
             start = f"{self.prefix}:room:{{".encode()
             room = self._rooms.get(push[1][len(start) : -1].decode("utf-8", "replace"))
             if room is not None:
