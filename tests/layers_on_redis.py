@@ -64,7 +64,8 @@ def move_queue(server: RedisServer, prefix: str) -> Callable[[BaseChannelLayer, 
                 step = min(left, layer.group_expiry / 3)
                 left -= step
                 grow_older(client, prefix, step)
-                layer._rejoin()
+                assert layer._link.connection is not None
+                layer._rejoin(layer._link.connection)
                 await layer._execute("PING")
 
     return move

@@ -30,7 +30,7 @@ ALLOWED = {
     "layers.redis.topology": {"layers.redis.endpoint"},
     "layers.redis.layer": {
         "anyio", "redis", "layers.backend", "layers.base", "layers.codec", "layers.local", "layers.mailbox",
-        "layers.redis.endpoint", "layers.redis.link", "layers.redis.topology",
+        "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "layers.redis.topology",
     },
     "layers.redis.scripts": {"layers.redis.link"},
     "layers.redis.intake": {

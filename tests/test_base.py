@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
@@ -216,6 +217,7 @@ async def test_a_layer_left_open_warns() -> None:
     await layer.__aenter__()
     with pytest.warns(ResourceWarning, match="unclosed channel layer <InMemoryChannelLayer expiry=60"):
         del layer
+        gc.collect()
     layer = InMemoryChannelLayer()
     await layer.__aenter__()
     await layer.close()

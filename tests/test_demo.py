@@ -331,6 +331,7 @@ class Crowd:
 
 
 @pytest.mark.parametrize(("backend", "visitors"), [("asyncio", 200), ("trio", 200)])
+@pytest.mark.slow
 def test_many_visitors(backend: str, visitors: int) -> None:
     """Each sees all the others, and hears each of them once; nothing of them is left when they are gone."""
     with Demo("--backend", backend) as demo:

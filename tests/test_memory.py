@@ -79,6 +79,7 @@ async def test_never_opened_or_closed_needs_nothing() -> None:
     channel_layer._closed = False  # as it was before this test, for others
 
 
+@pytest.mark.slow
 async def test_a_hundred_thousand_unread_channels_leave_nothing(clock: Clock) -> None:
     """Channels that were sent a message each and never read leave the layer as small as it was, once they expired."""
     layer = InMemoryChannelLayer(clock=clock, expiry=10)
@@ -508,6 +509,7 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
     assert layer.statistics().waiting_receivers == 0
 
 
+@pytest.mark.slow
 async def test_many_memberships_that_expire_one_by_one(clock: Clock) -> None:
     """Looking for the next membership to expire costs the same however many have expired before."""
     layer = InMemoryChannelLayer(clock=clock, group_expiry=100_000)

@@ -35,6 +35,7 @@ async def test_run_checks_leaves_out_what_does_not_apply(kind: Kind, redis_serve
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.slow
 def test_layer_matches_the_model(
     kind: Kind, redis_server: RedisServer, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:

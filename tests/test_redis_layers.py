@@ -387,6 +387,7 @@ async def test_flush_keeps_to_its_prefix(redis_server: RedisServer) -> None:
         with redis_server.client() as client:
             client.zadd("flush*a$inflight", {b"x": 1})
             client.set("flushother", 1)
+            client.mset({f"filler{number}": 1 for number in range(2500)})  # more than one page
             await first.flush()
             assert set(client.scan_iter("flush*")) == {
                 b"flushother", b"flush*:prefix", b"flush*2:prefix", b"flush*2a", b"flush*2:group:room",

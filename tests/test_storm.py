@@ -106,6 +106,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.slow
 async def test_the_books_balance(seed: int) -> None:
     """After 10 seconds of storm: sent = received + expired + still there, each message at most once, nobody waits."""
     storm = Storm(seed)

@@ -33,15 +33,17 @@ async def test_run_checks_passes() -> None:
     await run_checks(make_memory)
 
 
+@pytest.mark.slow
 def test_in_memory_layer_matches_the_model(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """The in-memory layer does what the plain-dict model does, on every backend."""
     run_state_machine_as_test(contract_machine(make_memory, *anyio_backend))
 
 
 @pytest.mark.parametrize(("layer", "clauses"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.slow
 def test_checks_catch(layer: Any, clauses: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks name the clause that a broken layer breaks."""
-    monkeypatch.setattr("anyio_channels.testing.checks._TIME_LIMIT", 1.0)
+    monkeypatch.setattr("anyio_channels.testing.checks._TIME_LIMIT", 0.5)
 
     def make(clock: Clock, **options: Any) -> BaseChannelLayer:
         made: BaseChannelLayer = layer(clock=clock, **options)
@@ -54,6 +56,7 @@ def test_checks_catch(layer: Any, clauses: set[str], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("layer", [layer for layer, _ in BROKEN if layer not in NOT_FOR_THE_MACHINE])
+@pytest.mark.slow
 def test_machine_catches(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state machine finds a broken layer too, within the examples of the fast profile."""
     monkeypatch.setattr("anyio_channels.testing.machine._WAIT", 1.0)

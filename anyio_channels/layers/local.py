@@ -58,11 +58,6 @@ class Channel(Mailbox[Any]):
         self.groups: set[Group] | None = None
 
     @property
-    def attended(self) -> bool:
-        """Whether messages come here without anybody asking for them, so that one can just wait."""
-        return True
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is in here, nobody waits, no inbox owns it and no group lists it."""
         return not (self.owned or self.groups) and super().idle
@@ -131,8 +126,7 @@ class Group(Expirable):
         if self.members.pop(channel.name, None) is not None:
             self.directory.members -= 1
             self.expiries.pop(channel.name, None)
-            if channel.groups is not None:
-                channel.groups.discard(self)
+            (channel.groups or set()).discard(self)
             if not self.members:
                 self.directory.end_group(self)
 

@@ -499,21 +499,16 @@ class Mailbox(Expirable, Generic[T]):
         self._call_senders(rung)
 
     def withdraw(self, *, promised: bool = False) -> list[T]:
-        """Take out all items that are promised to nobody, or all, as if they had never been put in."""
+        """Take out all items that are promised to nobody, or all, as if they had never been put in; with no gaps tracked."""
         entries = self.entries
         keep = 0 if promised or self._readers is None else self._readers.promised
-        taken: list[T] = []
-        while len(entries) > keep:
-            item = entries.pop()[1]
-            if isinstance(item, Gap):
-                self._limit -= 1
-            else:
-                taken.append(item)
+        taken = [item for _, item in list(entries)[keep:] if not isinstance(item, Gap)]
+        for _ in taken:
+            entries.pop()
         if taken:
             self._books.sent -= len(taken)
             if not entries:
                 self._books.occupied -= self._weight
-        taken.reverse()
         return taken
 
     def close(self, rung: list[Waiter]) -> None:

@@ -27,7 +27,7 @@ from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Argument, Connection, ConnectionLost, Request
 from .layer import RedisLayer
-from .link import Link
+from .link import Link, call_soon
 from .scripts import GIVE_BACK, POP
 
 __all__ = ["Failure", "Popped", "QueueChannel", "QueueIntake"]
@@ -85,11 +85,6 @@ class QueueChannel(Channel):
         self.blocked: bool = False
 
     @property
-    def attended(self) -> bool:
-        """Whether it is emptied as messages come, as process-specific channels are."""
-        return not self.normal
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is in here or on its way here."""
         return not (self.fetching or self.blocked) and super().idle
@@ -140,7 +135,7 @@ class QueueIntake(RedisLayer):
         self._pop_text_first = True
         self._waking = False
         self._rounds = 0
-        self._client_id: int | None = None
+        self._client_id = 0
         self._fetches = 0  # pops in flight on the connection for commands
         self._restless: set[QueueChannel] = set()
         self._late: list[tuple[str, Popped]] = []
@@ -156,8 +151,13 @@ class QueueIntake(RedisLayer):
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
             restore=self._ask_for_id,
-            on_up=self._pop,
+            on_up=self._popper_up,
         )
+
+    def _popper_up(self, connection: Connection) -> None:  # noqa: ARG002 - the pop asks for it
+        if self._popper.connects > 1:
+            self._mark_outage()  # the last pop may have taken something that did not come
+        self._pop()
 
     async def _ask_for_id(self, connection: Connection) -> None:
         self._client_id = await connection.execute("CLIENT", "ID")
@@ -206,13 +206,14 @@ class QueueIntake(RedisLayer):
         """Readers wait at a normal channel: see that as many messages come. For parts of the layer."""
         if channel.fetching or channel.blocked or not self._is_open:
             return
-        if self._link.connection is None:
-            if channel.demand:
-                self._block(channel)
+        connection = self._link.connection
+        if connection is None:
+            self._block(channel)
             return
         channel.fetching = True
         self._fetches += 1
-        self._link.call_soon(
+        call_soon(
+            connection,
             POP,
             [channel.key, self._room_key(channel.key)],
             channel.demand,
@@ -331,16 +332,15 @@ class QueueIntake(RedisLayer):
         """Have the blocking pop begin anew, for other keys."""
         if not self._popping:
             self._pop()
-        elif not self._waking and self._link.connection is not None:
+        elif not self._waking and (connection := self._link.connection) is not None:
             self._waking = True
-            self._link.connection.submit("ZADD", self._wake_key, 0, "", done=self._woken)
-            self._link.connection.submit("PEXPIRE", self._wake_key, int(self.keep_alive * 2000))
+            connection.submit("ZADD", self._wake_key, 0, "", done=partial(self._woken, connection))
+            connection.submit("PEXPIRE", self._wake_key, int(self.keep_alive * 2000))
 
-    def _woken(self, request: Request) -> None:
-        if isinstance(request.error, redis.exceptions.ResponseError) and self._popping:
+    def _woken(self, connection: Connection, request: Request) -> None:
+        if isinstance(request.error, redis.exceptions.ResponseError):
             # Out of memory, most likely: nothing can be written. Some users may not call this one, so it comes second.
-            if self._link.connection is not None and self._client_id is not None:
-                self._link.connection.submit("CLIENT", "UNBLOCK", self._client_id)
+            connection.submit("CLIENT", "UNBLOCK", self._client_id)
         elif request.error is not None:
             self._waking = False
 
@@ -419,12 +419,10 @@ class QueueIntake(RedisLayer):
         if len(entries) >= self._least_capacity:
             self._to_drain.add(key)  # it may have been full, and senders may wait for room: that script tells them
 
-    def _give_back_late(self) -> None:
-        connection = self._link.connection
-        if connection is not None:
-            late, self._late = self._late, []
-            for key, popped in late:
-                self._give_back(connection, key, [popped])
+    def _give_back_late(self, connection: Connection) -> None:
+        late, self._late = self._late, []
+        for key, popped in late:
+            self._give_back(connection, key, [popped])
 
     def _drained(self, key: str, request: Request) -> None:
         if isinstance(request.error, redis.exceptions.NoScriptError):
@@ -483,6 +481,9 @@ class QueueIntake(RedisLayer):
         for name in dropped:
             self._log_dropped(name)
 
+    def _is_attended(self, source: Channel) -> bool:
+        return "!" in source.name
+
     async def _listen(self, channel: str) -> Channel:
         if "!" in channel:
             self._own_key(channel)
@@ -490,20 +491,19 @@ class QueueIntake(RedisLayer):
             await self._check_in(0)  # it asks Redis before it waits
         return self._channel(channel)
 
-    def _open_item(self, item: Any) -> Message:
+    def _open_item(self, source: Channel, item: Any) -> Message:
         if isinstance(item, Popped):
             return item.message
-        self._room.books.received -= 1
-        self._room.books.sent -= 1
-        error: Exception = item.error
-        raise error
+        if isinstance(item, Failure):
+            self._room.books.received -= 1  # that was no message
+            self._room.books.sent -= 1
+            raise item.error
+        return super()._open_item(source, item)
 
     async def _until_pop_ends(self) -> None:
         """Wait for all that was popped before this call; for as long as the caller allows."""
         if self._popping:
-            if self._pop_ended is None:
-                self._pop_ended = Event()
-            ended = self._pop_ended
+            self._pop_ended = ended = self._pop_ended or Event()
             self._wake()
             await ended.wait()
 
@@ -519,13 +519,12 @@ class QueueIntake(RedisLayer):
 
     async def _wind_up(self) -> None:
         await self._until_pop_ends()
-        connection = self._link.connection
-        if connection is not None:
-            while self._fetches:
-                await connection.execute("PING")
-            self._give_back_late()
-            self._leave_now()
-            await connection.execute("UNLINK", self._wake_key, *self._own)
+        while self._fetches:
+            await self._link.execute("PING")
+        connection = await self._link.ready()
+        self._give_back_late(connection)
+        self._leave_now()
+        await connection.execute("UNLINK", self._wake_key, *self._own)
 
     def _popper_link(self) -> Link:
         """Return the link of the blocking pop, and start it at the first call."""

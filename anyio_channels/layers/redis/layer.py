@@ -30,8 +30,9 @@ from anyio_channels.layers.backend import thread
 from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, require_seconds
 from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
-from anyio_channels.layers.mailbox import Books, Gap, Mailroom, Waiter
+from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 
+from .connection import Connection
 from .endpoint import Host
 from .link import Link
 from .topology import Topology
@@ -149,7 +150,7 @@ class RedisLayer(BaseChannelLayer):
         """Do what was noted; with the link up or down."""
 
     @abstractmethod
-    async def _tick(self) -> None:
+    async def _tick(self, connection: Connection) -> None:
         """Keep the connection alive and memberships fresh; errors of the connection are for the caller."""
 
     @abstractmethod
@@ -254,9 +255,10 @@ class RedisLayer(BaseChannelLayer):
         while True:
             await sleep(self._tick_seconds)
             self._sweep(float("inf"))
-            if self._link.connection is not None:
+            connection = self._link.connection
+            if connection is not None:
                 try:
-                    await self._tick()
+                    await self._tick(connection)
                 except redis.exceptions.RedisError as error:
                     logger.debug("%s: keep-alive failed: %s", self._link.name, error)
 
@@ -316,7 +318,7 @@ class RedisLayer(BaseChannelLayer):
                 if state.is_due():
                     await state.give_way()
                 item = source.take_at_once()
-            elif source.attended:
+            elif self._is_attended(source):
                 item = await source.take()
         if source is None or item is None:
             source, item = await self._wait(channel)
@@ -325,7 +327,7 @@ class RedisLayer(BaseChannelLayer):
         if item.__class__ is dict:
             message: Message = item
             return message
-        return source.gap_message(item) if item.__class__ is Gap else self._open_item(item)
+        return self._open_item(source, item)
 
     async def _wait(self, channel: str) -> tuple[Channel, Any]:
         """Wait for the next item on ``channel``, in turn, and return it with the channel's mailbox."""
@@ -341,12 +343,16 @@ class RedisLayer(BaseChannelLayer):
                 # It was idle, and dropped from the list between finding it and waiting at it.
 
     @abstractmethod
+    def _is_attended(self, source: Channel) -> bool:
+        """Whether messages come here without anybody asking for them, so that one can just wait."""
+
+    @abstractmethod
     async def _listen(self, channel: str) -> Channel:
         """Find or make a channel to wait at, and see that its messages come."""
 
-    def _open_item(self, item: Any) -> Message:
-        """Return the message that an item of a layer's own kind holds."""
-        raise NotImplementedError
+    def _open_item(self, source: Channel, item: Any) -> Message:
+        """Return what the reader gets for an item that is no message as it is: a gap, if the layer has no others."""
+        return source.gap_message(item)
 
     def _arrive(self, channel: Channel, entry: tuple[float, Any], now: float, rung: list[Waiter]) -> bool:
         """Put what came from Redis into its mailbox; under the lock. ``False``: the mailbox is full, the item dropped."""

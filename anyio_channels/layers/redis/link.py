@@ -25,7 +25,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
 from .endpoint import Endpoint
 
-__all__ = ["Link", "Script"]
+__all__ = ["Link", "Script", "call_soon"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
@@ -63,8 +63,8 @@ class Link:
         timeout: float,
         connect_timeout: float,
         command_timeout: float | None = None,
-        restore: Callable[[Connection], Awaitable[None]] | None = None,
-        on_up: Callable[[], object] | None = None,
+        restore: Callable[[Connection], Awaitable[None]],
+        on_up: Callable[[Connection], object],
         on_down: Callable[[], object] | None = None,
         on_push: Callable[[list[Any]], object] | None = None,
     ) -> None:
@@ -134,8 +134,7 @@ class Link:
                     before = time.monotonic()
                     server_time = await self.endpoint.shake_hands(connection)
                     self.set_clock(server_time, before)
-                    if self._restore is not None:
-                        await self._restore(connection)
+                    await self._restore(connection)
             except (OSError, redis.exceptions.RedisError) as error:
                 self._fail(error)
             else:
@@ -179,12 +178,12 @@ class Link:
         if self.connection is not None:
             return await self.connection.execute(*command)
         connection: Connection | None = None
+        before = time.monotonic()
         with move_on_after(self.timeout):
             connection = await self.ready()
-            return await connection.execute(*command)
         if connection is None:
             raise self._down_error()
-        raise ConnectionTimeout(f"{self.name} did not answer in time", may_have_run=True)
+        return await connection.execute(*command, timeout=max(0.0, before + self.timeout - time.monotonic()))
 
     async def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
         """Run ``script`` on ``keys`` and return what it returns; it is sent whole if the server does not have it.
@@ -195,25 +194,6 @@ class Link:
             return await self.execute("EVALSHA", script.digest, len(keys), *keys, *args)
         except redis.exceptions.NoScriptError:
             return await self.execute("EVAL", script.text, len(keys), *keys, *args)
-
-    def call_soon(
-        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
-    ) -> None:
-        """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request.
-
-        Only while the connection is up.
-        """
-        connection = self.connection
-        if connection is None:
-            raise RuntimeError("call_soon() needs a connection")
-
-        def again(request: Request) -> None:
-            if isinstance(request.error, redis.exceptions.NoScriptError):
-                connection.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
-            else:
-                done(request)
-
-        connection.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
 
     def set_clock(self, server_time: float, asked_at: float) -> None:
         """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
@@ -228,8 +208,7 @@ class Link:
         self.connects += 1
         self.error = None
         self._refused = False
-        if self._on_up is not None:
-            self._on_up()
+        self._on_up(connection)
         self._tell()
 
     def _lose(self, connection: Connection) -> None:
@@ -266,6 +245,20 @@ class Link:
         lost = kind(f"{self.name} cannot be reached: {_said(error)}", may_have_run=False)
         lost.__cause__ = error
         return lost
+
+
+def call_soon(
+    connection: Connection, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
+) -> None:
+    """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request."""
+
+    def again(request: Request) -> None:
+        if isinstance(request.error, redis.exceptions.NoScriptError):
+            connection.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
+        else:
+            done(request)
+
+    connection.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
 
 
 def _said(error: BaseException | None) -> str:

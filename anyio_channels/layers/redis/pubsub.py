@@ -50,19 +50,14 @@ class _Subscription:
 class _PubSubChannel(Channel):
     """A channel that is listed, and so subscribed to, until a message expires there unread."""
 
-    __slots__ = ("deserted", "subscription")
+    __slots__ = ("deserted",)
 
     directory: _PubSubDirectory
 
     def __init__(self, directory: Directory, name: str, capacity: int, **options: Any) -> None:
         super().__init__(directory, name, capacity, **options)
         self.deserted: bool = False
-        self.subscription: _Subscription = self.directory.layer.want(name)
-
-    @property
-    def attended(self) -> bool:
-        """Whether Redis has confirmed its subscription."""
-        return self.subscription.confirmed
+        self.directory.layer.want(name)
 
     @property
     def idle(self) -> bool:
@@ -195,6 +190,9 @@ class RedisPubSubChannelLayer(RedisLayer):
         await self._execute("PUBLISH", channel, self._codec.seal(body))
         self._sent += 1
 
+    def _is_attended(self, source: Channel) -> bool:
+        return self._wanted[source.name].confirmed
+
     async def _listen(self, channel: str) -> Channel:
         # Also if Redis is away: the next connection begins with what is wanted.
         await self._check_in(0)
@@ -210,7 +208,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             return  # the new connection begins with what is wanted
         except redis.exceptions.ResponseError:
             with self._room:
-                if source.idle or (not source.closed and not source.owned and not source.demand and not source.entries):
+                if not (source.closed or source.owned or source.demand):
                     self._here.forget(source)
             raise
 
@@ -376,14 +374,16 @@ class RedisPubSubChannelLayer(RedisLayer):
             subscription.confirmed = self._link.connection is not None
 
     async def _restore(self, connection: Connection) -> None:
-        names = list(self._wanted)
+        wanted = dict(self._wanted)
+        names = list(wanted)
         for start in range(0, len(names), _AT_ONCE):
             await connection.execute("SUBSCRIBE", *names[start : start + _AT_ONCE])
-        for name in names:
-            if name in self._wanted:
-                self._wanted[name].confirmed = True
+        for name, subscription in wanted.items():
+            subscription.confirmed = True
+            if name not in self._wanted:
+                connection.submit("UNSUBSCRIBE", name)  # given up meanwhile
 
-    def _up(self) -> None:
+    def _up(self, connection: Connection) -> None:  # noqa: ARG002 - what is wanted is restored already
         if self._link.connects > 1:
             self._mark_outage()
             self._tell_channels(self.on_reconnect)
@@ -477,8 +477,8 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _tick_seconds(self) -> float:
         return self.keep_alive
 
-    async def _tick(self) -> None:
-        await self._link.execute("PING")
+    async def _tick(self, connection: Connection) -> None:
+        await connection.execute("PING")
 
     def _begin_closing(self) -> None:
         """There is nothing to give back."""

@@ -28,7 +28,7 @@ from .connection import Connection, ConnectionLost, Request
 from .endpoint import Host
 from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
-from .link import Link, Script
+from .link import Link, Script, call_soon
 from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
 __all__ = ["RedisChannelLayer"]
@@ -311,9 +311,8 @@ class RedisChannelLayer(QueueIntake):
 
     def _join_here(self, group: str, channel: str, expiry: float | None) -> None:
         with self._room:
-            if self._is_open:
-                member = self._here.channels.get(channel) or self._here.add(channel)
-                self._here.join(group, member, None if expiry is None else self._clock() + expiry)
+            member = self._here.channels.get(channel) or self._here.add(channel)
+            self._here.join(group, member, None if expiry is None else self._clock() + expiry)
 
     # Calls
 
@@ -381,14 +380,13 @@ class RedisChannelLayer(QueueIntake):
         if self._rooms:
             await connection.execute("SUBSCRIBE", *map(self._room_key, self._rooms))
 
-    def _up(self) -> None:
+    def _up(self, connection: Connection) -> None:
         """The connection for commands is up: say what this process holds."""
         if self._link.connects > 1:
             self._mark_outage()
-        self._link.call_soon(TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
+        call_soon(connection, TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
         self._leave_now()
-        self._rejoin()
-        self._give_back_late()
+        self._rejoin(connection)
         for room in self._rooms.values():
             room.bell.set()
         self._waking = False
@@ -396,13 +394,14 @@ class RedisChannelLayer(QueueIntake):
             self._wake()
         self._note_chore()
 
-    def _rejoin(self) -> None:
+    def _rejoin(self, connection: Connection) -> None:
         """Join all groups of open inboxes, again or to renew."""
         self._renewed_at = time.monotonic()
         for group in tuple(self._here.groups.values()):
             names = [name for name in group.members if name not in group.expiries]
             for start in range(0, len(names), _AT_ONCE):
-                self._link.call_soon(
+                call_soon(
+                    connection,
                     GROUP_ADD,
                     [self.group_key(group.name)],
                     self.group_expiry,
@@ -423,13 +422,13 @@ class RedisChannelLayer(QueueIntake):
     def _prefix_life(self) -> float:
         return 2 * max(self.group_expiry, self.expiry)
 
-    async def _tick(self) -> None:
+    async def _tick(self, connection: Connection) -> None:
         before = time.monotonic()
         there, now = await self._link.call(TICK, [self._prefix_key], self._prefix_life)
         self._link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
         self._popper.clock_offset = self._link.clock_offset
         if not there or before - self._renewed_at >= self.group_expiry / 3:
-            self._rejoin()  # Redis was emptied, or it is time
+            self._rejoin(connection)  # Redis was emptied, or it is time
 
     def _begin_closing(self) -> None:
         super()._begin_closing()
