@@ -410,6 +410,12 @@ async def test_no_permission(server: RedisServer) -> None:
             await layer.group_send("room", {"n": 2})
             with fail_after(PATIENCE):
                 assert await inbox.receive() == {"n": 2}
+    with server.client() as client:
+        client.acl_setuser("app", enabled=True, reset_keys=True, keys=["asgi:*"])
+    async with make(QUEUE, f"redis://app:pw@{server.host}:{server.port}", prefix="asgi") as layer:
+        async with layer.subscribe() as inbox:
+            with pytest.raises(redis.exceptions.ResponseError, match=str(server.port)), fail_after(PATIENCE):
+                await inbox.receive()
 
 
 async def test_no_permission_for_a_subscription(server: RedisServer) -> None:

@@ -192,7 +192,6 @@ class QueueIntake(RedisLayer):
         if connection is None or not self._to_leave:
             return
         leaving, self._to_leave = self._to_leave, []
-
         for group, channel in leaving:
             connection.submit("ZREM", self.group_key(group), channel, done=partial(self._left, group, channel))
 
@@ -258,7 +257,7 @@ class QueueIntake(RedisLayer):
             self._arrive(channel, (expires_at, popped), now, rung)
         self._room.wake(rung)
 
-    def _fail_readers(self, channel: QueueChannel, error: Exception) -> None:
+    def _fail_readers(self, channel: Channel, error: Exception) -> None:
         rung: list[Waiter] = []
         with self._room:
             now = self._clock()
@@ -441,6 +440,10 @@ class QueueIntake(RedisLayer):
     def _pop_refused(self, error: Exception) -> None:
         """Redis does not pop: because of one of the keys, or for a while."""
         if not isinstance(error, _PASSING):
+            if not self._blocked:
+                # It is a key of this process, and its readers are told.
+                for own in tuple(self._here.channels.values()):
+                    self._fail_readers(own, error)
             # Whose key it is shows when they are fetched one by one; its readers are told.
             for channel in tuple(self._blocked.values()):
                 channel.blocked = False
