@@ -11,10 +11,13 @@ from anyio_channels import (
     Inbox,
     InMemoryChannelLayer,
     MessagesLost,
+    RedisChannelLayer,
+    RedisPubSubChannelLayer,
     create_channel_layer,
+    create_redis_channel_layer,
     get_channel_layer,
 )
-from anyio_channels.testing import Clock, contract_machine, run_checks
+from anyio_channels.testing import Clock, Features, contract_machine, run_checks
 
 
 async def use(layer: InMemoryChannelLayer) -> None:
@@ -33,12 +36,23 @@ async def use(layer: InMemoryChannelLayer) -> None:
     InMemoryChannelLayer(capactiy=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
+async def use_redis() -> None:
+    async with RedisChannelLayer([("host", 6379)], symmetric_encryption_keys=["key"]) as queue:
+        assert_type(queue, RedisChannelLayer)
+        assert_type(queue.statistics().connections, int)
+    async with RedisPubSubChannelLayer(["redis://host"], on_reconnect="again") as pubsub:
+        assert_type(await pubsub.receive("a"), dict[str, Any])
+    assert_type(create_redis_channel_layer("redis://host"), RedisChannelLayer)
+    RedisChannelLayer(serializer_format="pickle")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 def make(clock: Clock, **options: Any) -> BaseChannelLayer:
     return InMemoryChannelLayer(clock=clock, channel_capacity={"a*": 1, re.compile("b"): 2}, **options)
 
 
 async def check() -> None:
     await run_checks(make)
+    await run_checks(make, Features(keeps_unread=False))
     contract_machine(make, "trio", {"restrict_keyboard_interrupt_to_checkpoints": True})
     assert_type(get_channel_layer(), BaseChannelLayer | None)
     assert_type(create_channel_layer("memory://"), BaseChannelLayer)
