@@ -957,3 +957,25 @@ async def test_a_credential_provider(kind: Kind, server: RedisServer) -> None:
     with pytest.raises(redis.exceptions.ConnectionError, match="credential provider failed with OSError") as caught:
         await kind.layer_class([host], connect_timeout=0.3).__aenter__()
     assert "s3cret" not in str(caught.value)
+
+
+async def test_a_forbidden_subscription_does_not_keep_the_others_away(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an outage all that Redis permits is subscribed to again, and what it does not is logged."""
+    with server.client() as client:
+        client.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["*"], channels=["good*"], categories=["+@all"])
+    async with (
+        Proxy(server.host, server.port) as proxy,
+        make(PUBSUB, f"redis://app:pw@{proxy.host}:{proxy.port}") as layer,
+        create_task_group() as tg,
+    ):
+        channel = await layer.new_channel("good")
+        async with away(proxy, layer):
+            tg.start_soon(layer.receive, "bad")
+            await until(lambda: "bad" in layer._wanted)
+        await layer.send(channel, {"n": 1})
+        with fail_after(PATIENCE):
+            assert await layer.receive(channel) == {"n": 1}
+        assert "wait in vain for 'bad'" in caplog.text
+        tg.cancel_scope.cancel()

@@ -377,11 +377,24 @@ class RedisPubSubChannelLayer(RedisLayer):
         wanted = dict(self._wanted)
         names = list(wanted)
         for start in range(0, len(names), _AT_ONCE):
-            await connection.execute("SUBSCRIBE", *names[start : start + _AT_ONCE])
-        for name, subscription in wanted.items():
-            subscription.confirmed = True
-            if name not in self._wanted:
-                connection.submit("UNSUBSCRIBE", name)  # given up meanwhile
+            batch = names[start : start + _AT_ONCE]
+            try:
+                await connection.execute("SUBSCRIBE", *batch)
+            except redis.exceptions.ResponseError:
+                # One that is forbidden must not keep the others away.
+                batch = [name for name in batch if await self._restore_one(connection, name)]
+            for name in batch:
+                wanted[name].confirmed = True
+                if name not in self._wanted:
+                    connection.submit("UNSUBSCRIBE", name)  # given up meanwhile
+
+    async def _restore_one(self, connection: Connection, name: str) -> bool:
+        try:
+            await connection.execute("SUBSCRIBE", name)
+        except redis.exceptions.ResponseError as error:
+            self._log_once(f"restore {name}", "%s; its readers wait in vain for %r", error, name)
+            return False
+        return True
 
     def _up(self, connection: Connection) -> None:  # noqa: ARG002 - what is wanted is restored already
         if self._link.connects > 1:
