@@ -446,6 +446,8 @@ def test_the_chat_survives_redis(scheme: str, tmp_path: Path) -> None:
         ann.await_message("said", text="me too")
         assert other.said_wrong()
         for demo in (one, other):
+            demo.process.send_signal(signal.SIGTERM)
+            assert demo.process.wait(PATIENCE) == 0
             said = demo.said_wrong()
             assert said.splitlines() == [line for line in said.splitlines() if line.endswith("; trying again")], said
 

@@ -424,11 +424,9 @@ class QueueIntake(RedisLayer):
             self._give_back(connection, key, [popped])
 
     def _drained(self, key: str, request: Request) -> None:
-        if isinstance(request.error, redis.exceptions.NoScriptError):
-            self._pop_text_first = True
-            self._to_drain.add(key)
-            return
         if request.error is not None:
+            self._pop_text_first = True  # Redis has lost the script, most likely
+            self._to_drain.add(key)
             return
         expired, now, entries = request.reply
         self._expired_there += expired
