@@ -20,6 +20,7 @@ from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.layers.redis import queue
 from anyio_channels.layers.redis.layer import RedisLayer
 
 pytestmark = pytest.mark.anyio
@@ -40,6 +41,17 @@ async def until(condition: Callable[[], object]) -> None:
     with fail_after(PATIENCE):
         while not condition():
             await anyio.sleep(0.002)
+
+
+async def until_answered(layer: RedisLayer) -> None:
+    """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
+    connection = layer._link.connection
+    assert connection is not None
+    with fail_after(PATIENCE):
+        await anyio.wait_all_tasks_blocked()
+        while connection._in_flight or connection._queue:
+            await anyio.sleep(0.002)
+            await anyio.wait_all_tasks_blocked()
 
 
 def make(kind: Kind, url: str, **options: Any) -> Any:
@@ -867,17 +879,40 @@ async def test_closed_in_the_middle_of_a_call(kind: Kind, server: RedisServer) -
         server.resume()
 
 
-async def test_waiting_for_room_through_a_reconnect(server: RedisServer) -> None:
-    """A sender that waits for room goes on waiting through a reconnect that is quick enough."""
+async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that waits for room goes on waiting through a reconnect that is quick enough.
+
+    It has no command on its way when the connection ends: of one that may have run it is told.
+    """
+    monkeypatch.setattr(queue, "_RECHECK", 60.0)
     layer = make(QUEUE, server.url, capacity=1)
     async with layer, create_task_group() as tg:
         await layer.send("a", {"n": 0})
         tg.start_soon(lambda: layer.send("a", {"n": 1}, wait=True))
         with server.client() as client:
             await until(lambda: client.pubsub_channels("*:room:*"))
+            await until_answered(layer)
             client.client_kill_filter(_type="pubsub")
             await until(lambda: layer.statistics().reconnects and client.pubsub_channels("*:room:*"))
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 0}, {"n": 1}]
+
+
+async def test_room_made_at_once(server: RedisServer) -> None:
+    """Senders who wait for room in a process-specific channel are told of it also when one pop empties the channel.
+
+    The room meant is that in Redis; the inbox itself, which drops what it cannot hold, has enough.
+    """
+    layer = make(QUEUE, server.url, capacity=100, channel_capacity={"elsewhere": 1})
+    async with layer, layer.subscribe() as inbox, create_task_group() as tg:
+
+        async def send_all() -> None:
+            async with make(QUEUE, server.url, prefix=layer.prefix, capacity=1) as other:
+                for number in range(10):
+                    await other.send(inbox.channel, {"n": number}, wait=True)
+
+        tg.start_soon(send_all)
+        with fail_after(PATIENCE):
+            assert [(await inbox.receive())["n"] for _ in range(10)] == list(range(10))
 
 
 async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
