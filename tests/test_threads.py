@@ -198,10 +198,10 @@ def test_a_receiver_whose_trio_run_ended_swallows_nothing() -> None:
     reader = layer._get_channel("a")
 
     async def join() -> None:
+        from anyio_channels.layers.backend import thread
         from anyio_channels.layers.mailbox import Waiter
 
-        waiter = Waiter(reader)
-        waiter.loop = token
+        waiter = Waiter(reader, thread.state.new_bell()[0], token)
         reader._take_or_join(waiter, in_front=False)
 
     anyio.run(join, backend="trio")

@@ -26,7 +26,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from anyio import ClosedResourceError, Event, move_on_after
 
-from .backend import thread
+from .backend import Bell, thread
 from .expiry import Expirable, ExpiryIndex
 
 __all__ = ["Books", "Gap", "Mailbox", "Mailroom"]
@@ -68,16 +68,15 @@ class Gap:
 
 
 class Waiter:
-    """One task's wait: an event, and the loop that may set it."""
+    """One task's wait: a bell, and the loop that may ring it."""
 
-    __slots__ = ("event", "line", "loop", "mailbox", "promised", "settled")
+    __slots__ = ("bell", "line", "loop", "mailbox", "promised", "settled")
 
-    event: Event
     line: Line
-    loop: Any
 
-    def __init__(self, mailbox: Mailbox[Any]) -> None:
-        self.event, self.loop = thread.state.new_event()
+    def __init__(self, mailbox: Mailbox[Any], bell: Bell, loop: Any) -> None:
+        self.bell: Bell = bell
+        self.loop: Any = loop
         self.mailbox: Mailbox[Any] = mailbox
         self.promised: bool = False
         self.settled: bool = False
@@ -90,7 +89,7 @@ class Waiter:
         )
         is_running: Callable[[], bool] | None = getattr(self.loop, "is_running", None)
         try:
-            call_soon(self.event.set)
+            call_soon(self.bell.set)
         except RuntimeError:  # the loop is closed (asyncio), the run has finished (trio)
             return False
         return is_running is None or is_running()
@@ -185,7 +184,7 @@ class Mailroom:
         here = thread.state.running_loop()
         for waiter in waiters:
             if waiter.loop is here:
-                waiter.event.set()
+                waiter.bell.set()
             elif not waiter.schedule():
                 self.abandoned.append(waiter)
 
@@ -355,12 +354,12 @@ class Mailbox(Expirable, Generic[T]):
         """
         again = False
         while True:
-            waiter = Waiter(self)
+            waiter = Waiter(self, *thread.state.new_bell())
             item = self._take_or_join(waiter, in_front=again)
             if item is None:
                 try:
                     self.reader_waits()
-                    await waiter.event.wait()
+                    await waiter.bell.wait()
                 except BaseException:
                     self._room.abandon(waiter)
                     self.reader_left()
@@ -412,12 +411,13 @@ class Mailbox(Expirable, Generic[T]):
         """
         waiter: Waiter | None = None
         while True:
-            following = Waiter(self)
+            event, loop = thread.state.new_event()
+            following = Waiter(self, event, loop)
             if self._put_or_join(item, expiry, waiter, following):
                 return
             waiter = following
             try:
-                await self._until_called(waiter)
+                await self._until_set(event)
             except BaseException:
                 self._room.abandon(waiter)
                 raise
@@ -443,10 +443,10 @@ class Mailbox(Expirable, Generic[T]):
         room.wake(rung)
         return done
 
-    async def _until_called(self, waiter: Waiter) -> None:
+    async def _until_set(self, event: Event) -> None:
         # Room that expiry makes comes at a time known beforehand, so a timer is set for just that.
         room = self._room
-        while not waiter.event.is_set():
+        while not event.is_set():
             rung: list[Waiter] = []
             with room:
                 now = room.clock()
@@ -454,7 +454,7 @@ class Mailbox(Expirable, Generic[T]):
                 oldest = self._oldest()
             room.wake(rung)
             with move_on_after(inf if oldest is None else oldest - now):
-                await waiter.event.wait()
+                await event.wait()
 
     def expire(self, now: float, rung: list[Waiter]) -> None:
         """Drop every item that is past its time."""

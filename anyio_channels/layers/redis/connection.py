@@ -26,7 +26,6 @@ from anyio import (
     CancelScope,
     ClosedResourceError,
     EndOfStream,
-    Event,
     aclose_forcefully,
     create_task_group,
     move_on_after,
@@ -34,7 +33,7 @@ from anyio import (
 from anyio.abc import ByteStream
 from hiredis import PushNotification
 
-from anyio_channels.layers.backend import thread
+from anyio_channels.layers.backend import Bell, thread
 
 __all__ = ["Argument", "Connection", "ConnectionLost", "ConnectionTimeout", "Request", "to_error"]
 
@@ -81,7 +80,7 @@ class ConnectionTimeout(ConnectionLost, redis.exceptions.TimeoutError):
 class Request:
     """A command, and what became of it: ``done`` is called once, when ``reply`` or ``error`` is there."""
 
-    __slots__ = ("abandoned", "awaits", "confirmations", "data", "done", "due", "error", "event", "reply", "written")
+    __slots__ = ("abandoned", "awaits", "bell", "confirmations", "data", "done", "due", "error", "reply", "written")
 
     def __init__(self, command: Sequence[Argument], due: float, done: Callable[[Request], object] | None) -> None:
         """``due``: when it must be answered, by ``time.monotonic()``."""
@@ -90,7 +89,7 @@ class Request:
         self.done: Callable[[Request], object] | None = done
         self.awaits: bytes | None = _CONFIRMED.get(command[0])
         self.confirmations: int = len(command) - 1
-        self.event: Event | None = None
+        self.bell: Bell | None = None
         """What the caller of ``execute`` waits for."""
         self.reply: Any = None
         self.error: Exception | None = None
@@ -99,8 +98,8 @@ class Request:
 
     def settle(self) -> None:
         """Tell whoever asked."""
-        if self.event is not None:
-            self.event.set()
+        if self.bell is not None:
+            self.bell.set()
         elif self.done is not None:
             self.done(self)
 
@@ -154,8 +153,8 @@ class Connection:
         self._why: tuple[type[ConnectionLost], str, BaseException | None] = (ConnectionLost, "it was closed", None)
         self._stop: Callable[[], None] | None = None
         self._ended_event = thread.state.new_event()[0]
-        self._writer_bell: Any = None
-        self._watch_bell: Any = None
+        self._writer_bell: Bell | None = None
+        self._watch_bell: Bell | None = None
         self._watch_until = 0.0
 
     async def run(self) -> None:
@@ -231,13 +230,13 @@ class Connection:
         Raises what the server replied as an error of the ``redis`` package, and ``ConnectionLost`` when the connection
         ended. If cancelled, the command was not sent, or it may run and its reply is swallowed.
         """
-        event = thread.state.new_event()[0]
+        bell = thread.state.new_bell()[0]
         request = self.submit(*command, timeout=timeout)
         if request.error is not None:
             raise request.error
-        request.event = event
+        request.bell = bell
         try:
-            await event.wait()
+            await bell.wait()
         except BaseException:
             request.abandoned = True
             raise
@@ -297,7 +296,7 @@ class Connection:
         stream = self._stream
         while True:
             if not self._queue:
-                self._writer_bell = bell = thread.state.new_event()[0]
+                self._writer_bell = bell = thread.state.new_bell()[0]
                 await bell.wait()
                 self._writer_bell = None
             queue = self._queue
@@ -318,7 +317,7 @@ class Connection:
                 self.end("the server did not answer in time", kind=ConnectionTimeout)
                 return
             self._watch_until = min(dues, default=float("inf"))
-            self._watch_bell = bell = thread.state.new_event()[0]
+            self._watch_bell = bell = thread.state.new_bell()[0]
             with move_on_after(self._watch_until - now):
                 await bell.wait()
             self._watch_bell = None
