@@ -53,9 +53,9 @@ class Popped:
 
     def __init__(self, message: Message, entry: bytes, score: bytes | str) -> None:
         """``entry`` and ``score`` are what Redis held."""
-        self.message = message
-        self.entry = entry
-        self.score = score
+        self.message: Message = message
+        self.entry: bytes = entry
+        self.score: bytes | str = score
 
 
 class Failure:
@@ -65,7 +65,7 @@ class Failure:
 
     def __init__(self, error: Exception) -> None:
         """``error`` is what the reader gets."""
-        self.error = error
+        self.error: Exception = error
 
 
 class QueueChannel(Channel):
@@ -107,7 +107,7 @@ class QueueChannel(Channel):
 
 
 class _QueueDirectory(Directory):
-    channel_class = QueueChannel
+    channel_class: type[Channel] = QueueChannel
 
     def __init__(self, layer: QueueIntake) -> None:
         super().__init__(

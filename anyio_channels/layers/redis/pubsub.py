@@ -44,7 +44,7 @@ class _Subscription:
     __slots__ = ("confirmed",)
 
     def __init__(self) -> None:
-        self.confirmed = False
+        self.confirmed: bool = False
 
 
 class _PubSubChannel(Channel):
@@ -73,7 +73,7 @@ class _PubSubChannel(Channel):
 
 
 class _PubSubDirectory(Directory):
-    channel_class = _PubSubChannel
+    channel_class: type[Channel] = _PubSubChannel
 
     def __init__(self, layer: RedisPubSubChannelLayer) -> None:
         super().__init__(layer._room, layer.get_capacity)  # noqa: SLF001 - a part of the layer
