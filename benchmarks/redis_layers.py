@@ -190,9 +190,9 @@ class Row:
 
 ROWS = [
     Row("queue", "send + receive, one task", pairs_specific, 200, 4),
-    Row("queue", "the same, a normal channel", pairs_normal, 200),
+    Row("queue", "send + receive, a normal channel", pairs_normal, 200),
     Row("queue", "50 senders, one reader", crowd_specific, 30 * SENDERS, 25),
-    Row("queue", "the same, a normal channel", crowd_normal, 20 * SENDERS),
+    Row("queue", "50 senders, a normal channel", crowd_normal, 20 * SENDERS),
     Row("queue", "group_send to 1,000 readers that wait", received_by_waiting_tasks, 3 * MEMBERS, 10),
     Row("queue", "group_send to 1,000, received in turn", received_in_turn, 3 * MEMBERS),
     Row("pub/sub", "send + receive, one task", pairs_specific, 200, 1.2),
