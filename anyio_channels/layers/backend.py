@@ -92,16 +92,12 @@ class ThreadState:
 
     def new_event(self) -> tuple[Event, Any]:
         """Return a new event of the running backend, and the native token of the running loop."""
-        backend_class = self.backend_class
-        if backend_class is None or get_cancelled_exc_class() is not self._cancelled_class:
-            backend_class = self._look_up()
+        backend_class = self._running_backend()
         return backend_class.create_event(), backend_class.current_token()
 
     def new_bell(self) -> tuple[Bell, Any]:
         """Return a new bell for the running task, and the native token of the running loop."""
-        backend_class = self.backend_class
-        if backend_class is None or get_cancelled_exc_class() is not self._cancelled_class:
-            backend_class = self._look_up()
+        backend_class = self._running_backend()
         loop = backend_class.current_token()
         return (_FutureBell(loop) if self._has_futures else backend_class.create_event()), loop
 
@@ -114,6 +110,13 @@ class ThreadState:
             return current_token().native_token
         except NoEventLoopError:
             return None
+
+    def _running_backend(self) -> type[AsyncBackend]:
+        """Return anyio's class for the backend that runs the task, as last seen if that still holds."""
+        backend_class = self.backend_class
+        if backend_class is None or get_cancelled_exc_class() is not self._cancelled_class:
+            backend_class = self._look_up()
+        return backend_class
 
     def _look_up(self) -> type[AsyncBackend]:
         token = current_token()
