@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from redis_server import RedisServer
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
+from anyio_channels.layers.redis.pop import Popper
 from anyio_channels.testing import Clock, Features, LayerFactory
 
 _numbers = itertools.count()
@@ -37,14 +38,15 @@ class Kind:
     layer_class: type[Any]
     features: Features
 
-    def factory(self, server: RedisServer) -> LayerFactory:
-        """Make layers on ``server`` for the kit, each with a prefix of its own and the kit's clock."""
+    def factory(self, *servers: RedisServer) -> LayerFactory:
+        """Make layers on ``servers`` for the kit, each with a prefix of its own and the kit's clock."""
 
         def make(clock: Clock, **options: Any) -> BaseChannelLayer:
             prefix = new_prefix()
-            layer: BaseChannelLayer = self.layer_class([server.url], prefix=prefix, clock=clock, **options)
+            hosts = [server.url for server in servers]
+            layer: BaseChannelLayer = self.layer_class(hosts, prefix=prefix, clock=clock, **options)
             if isinstance(layer, RedisChannelLayer):
-                clock.move = move_queue(server, prefix)
+                clock.move = move_queue(servers, prefix)
                 clock.settle = settle_queue
             else:
                 clock.settle = settle_pubsub
@@ -53,20 +55,22 @@ class Kind:
         return make
 
 
-def move_queue(server: RedisServer, prefix: str) -> Callable[[BaseChannelLayer, float], Awaitable[None]]:
+def move_queue(servers: Sequence[RedisServer], prefix: str) -> Callable[[BaseChannelLayer, float], Awaitable[None]]:
     """Let time pass in Redis too, in steps as long as those in which an open layer renews its memberships."""
 
     async def move(layer: BaseChannelLayer, seconds: float) -> None:
         assert isinstance(layer, RedisChannelLayer)
         left = seconds
-        with server.client() as client:
-            while left > 0:
-                step = min(left, layer.group_expiry / 3)
-                left -= step
-                grow_older(client, prefix, step)
-                assert layer._link.connection is not None
-                layer._rejoin(layer._link.connection)
-                await layer._execute("PING")
+        while left > 0:
+            step = min(left, layer.group_expiry / 3)
+            left -= step
+            for server in servers:
+                with server.client() as client:
+                    grow_older(client, prefix, step)
+            for link in layer._topology.links:
+                assert link.connection is not None
+                layer._rejoin(link, link.connection)
+                await layer._execute(link, "PING")
 
     return move
 
@@ -75,14 +79,16 @@ async def settle_queue(layer: BaseChannelLayer) -> None:
     """Wait until what was popped has come, and what is to be given back is there."""
     assert isinstance(layer, RedisChannelLayer)
     for _ in range(2):
-        await layer._until_pop_ends()
-        await layer._execute("PING")
+        for link in layer._topology.links:
+            await layer._poppers[link].until_ended()
+            await layer._execute(link, "PING")
 
 
 async def settle_pubsub(layer: BaseChannelLayer) -> None:
     """Wait until what was published before has come: it is on the same connection."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    await layer._execute("PING")
+    for link in layer._topology.links:
+        await layer._execute(link, "PING")
 
 
 QUEUE = Kind(
@@ -96,3 +102,8 @@ PUBSUB = Kind(
     Features(keeps_unread=False, channel_full="none", any_member=False, knows_all=False, settles_within=5),
 )
 KINDS = (QUEUE, PUBSUB)
+
+
+def popper(layer: RedisChannelLayer) -> Popper:
+    """Return what waits in Redis for ``layer``, on its first server."""
+    return layer._poppers[layer._topology.links[0]]

@@ -16,6 +16,7 @@ import pytest
 import redis.exceptions
 from anyio import create_task_group, create_unix_listener, fail_after, move_on_after, sleep
 from anyio.abc import SocketStream
+from channels_redis.utils import _consistent_hash
 from cryptography import x509
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 from redis_server import Certificates, RedisServer, Script, TLSProxy, free_port, make_certificates
@@ -235,13 +236,18 @@ def test_lists_of_hosts() -> None:
         assert SECRET not in str(info.value)
 
 
-def test_one_server_owns_every_name() -> None:
-    """There is one server so far: it owns all names, and a second one is refused."""
-    topology = Topology([("example", 6380)])
-    assert topology.owner("a") is topology.owner("b") is topology.endpoints[0]
-    assert topology.name == "Redis at example:6380"
-    with pytest.raises(ValueError, match="hosts names 2 Redis servers; this version of anyio_channels supports one"):
-        Topology(["redis://a", "redis://b"])
+def test_servers_share_the_names_as_those_of_channels_redis_do() -> None:
+    """Each name is owned by the server that channels_redis takes for it, also on the edge between two."""
+    names = [f"name{number}" for number in range(10_000)]
+    for count in (1, 2, 3, 10, 186):
+        topology = Topology([("example", 6380 + number) for number in range(count)])
+        topology.open(lambda endpoint: endpoint)  # type: ignore[arg-type, return-value]
+        theirs = [_consistent_hash(name, count) for name in names]
+        owners: list[Any] = [topology.owner(name, "") for name in names]
+        assert [topology.endpoints.index(owner) for owner in owners] == theirs
+    assert Topology([("a", 1), ("b", 2)]).name == "Redis at a:1, Redis at b:2"
+    with pytest.raises(ValueError, match="hosts names 4097 Redis servers; 4096 is the most"):
+        Topology(["redis://a"] * 4097)
 
 
 # TLS

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 from anyio import create_task_group, fail_after, sleep, to_thread
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, new_prefix
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, new_prefix, popper
 from redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -133,7 +133,7 @@ async def test_normal_channels(package: str, options: dict[str, Any], redis_serv
                 waited.append(await ours.receive("later"))
 
             tg.start_soon(read)
-            await until(lambda: ours._blocked and ours._popping)
+            await until(lambda: popper(ours).blocked and popper(ours).popping)
             await peer.call("send", "later", message)
         assert waited == [message]
 

@@ -16,7 +16,7 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
 from cryptography.fernet import Fernet
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix, popper
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
@@ -45,7 +45,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def until_answered(layer: RedisLayer) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connection = layer._link.connection
+    connection = layer._topology.links[0].connection
     assert connection is not None
     with fail_after(PATIENCE):
         await anyio.wait_all_tasks_blocked()
@@ -266,14 +266,14 @@ async def test_out_of_memory(server: RedisServer) -> None:
 
         await layer.send("full", {"n": 1})
         tg.start_soon(read, "waiting")
-        await until(lambda: layer.statistics().waiting_receivers == 1 and layer._popping)
+        await until(lambda: layer.statistics().waiting_receivers == 1 and popper(layer).popping)
         with server.client() as client:
             client.config_set("maxmemory-policy", "noeviction")
             client.config_set("maxmemory", 1)
             with pytest.raises(redis.exceptions.ResponseError, match=rf"127\.0\.0\.1:{server.port}.*OOM|maxmemory"):
                 await layer.send("full", {"n": 2})
             tg.start_soon(read, "later")
-            await until(lambda: "later" in {channel.name for channel in layer._blocked.values()})
+            await until(lambda: "later" in {channel.name for channel in popper(layer).blocked.values()})
             tg.start_soon(read, "full")
             await until(lambda: {"n": 1} in got)
             client.config_set("maxmemory", 0)
@@ -306,7 +306,7 @@ async def test_a_replica_refuses(kind: Kind, server: RedisServer, tmp_path: Path
                     got.append(await layer.receive("a"))
 
                 tg.start_soon(read)
-                await until(lambda: layer._pop_trouble is not None)
+                await until(lambda: popper(layer).trouble is not None)
                 client.execute_command("REPLICAOF", "NO", "ONE")
                 await layer.send("a", {"n": 1})
                 await until(lambda: got)
@@ -411,7 +411,7 @@ async def test_no_permission(server: RedisServer) -> None:
             got.append(await layer.receive("good"))
 
         tg.start_soon(read)
-        await until(lambda: layer._popping)
+        await until(lambda: popper(layer).popping)
         calls: list[Callable[[], Any]] = [lambda: layer.send("bad", {}), lambda: layer.receive("bad")]
         for call in calls:
             with pytest.raises(redis.exceptions.ResponseError, match=str(server.port)), fail_after(PATIENCE):
@@ -571,11 +571,11 @@ async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
             await until(lambda: layer.statistics().waiting_receivers == 1000)
             await until(lambda: layer.statistics().connections == len(layer._links))
             assert len(client.client_list()) - 1 <= 3
-            await layer._execute("PING")
+            await layer._execute(layer._topology.links[0], "PING")
             if isinstance(layer, RedisChannelLayer):
-                await layer._until_pop_ends()
-                await until(lambda: len(layer._blocked) == 500 and not layer._waking)
-                await layer._until_pop_ends()
+                await popper(layer).until_ended()
+                await until(lambda: len(popper(layer).blocked) == 500 and not popper(layer).waking)
+                await popper(layer).until_ended()
             before = layer.statistics().commands
             started = time.monotonic()
             await anyio.sleep(0.3)  # idle; a keep-alive comes every 15 seconds
@@ -705,7 +705,7 @@ async def test_a_key_of_another_type(server: RedisServer) -> None:
 
         tg.start_soon(read, "good")
         tg.start_soon(read, "bad")
-        await until(lambda: len(layer._blocked) == 2 and layer._popping)
+        await until(lambda: len(popper(layer).blocked) == 2 and popper(layer).popping)
         with server.client() as client:
             client.set(layer.channel_key("bad"), "text")
         with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
@@ -792,7 +792,7 @@ async def test_held_while_away(server: RedisServer) -> None:
         async with away(proxy, layer):
             for number in range(3):
                 entry = payload({"n": number}, b"%12d" % number)
-                layer._put_normal(source, entry, str(time.time() + number / 1000), layer._link.server_time)
+                layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
             layer.look_after(source)
             await anyio.wait_all_tasks_blocked()
             assert await layer.receive("a") == {"n": 0}
@@ -808,7 +808,7 @@ async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.Log
         source = layer._channel("a")
         with server.client() as client:
             client.set(layer.channel_key("a"), "text")
-        layer._put_normal(source, payload({"n": 1}), str(time.time()), layer._link.server_time)
+        layer.put_normal(source, payload({"n": 1}), str(time.time()), layer._topology.links[0].server_time)
         layer.look_after(source)
         await until(lambda: layer.statistics().discarded == 1)
         assert "could not be given back" in caplog.text
@@ -820,8 +820,8 @@ async def test_scripts_lost_while_messages_come(server: RedisServer, pops_many: 
     layer = make(QUEUE, server.url, capacity=5000)
     async with layer, make(QUEUE, server.url, capacity=5000, prefix=layer.prefix) as sender, create_task_group() as tg:
         tg.start_soon(layer.receive, "normal")  # so that the blocking pop takes one at a time
-        await until(lambda: layer._popping and layer._blocked)
-        layer._pops_many = pops_many
+        await until(lambda: popper(layer).popping and popper(layer).blocked)
+        popper(layer).pops_many = pops_many
         channel = await layer.new_channel()
         for burst in range(3):
             with server.client() as client:
@@ -844,12 +844,12 @@ async def test_closing_while_redis_stands_still(server: RedisServer, caplog: pyt
     layer = make(QUEUE, server.url, timeout=0.2)
     with fail_after(PATIENCE):
         async with layer, layer.subscribe("room"):
-            await until(lambda: layer._popping)
+            await until(lambda: popper(layer).popping)
             server.pause()
         server.resume()
         async with layer:
             await layer.new_channel()
-            await until(lambda: layer._popping)
+            await until(lambda: popper(layer).popping)
             await to_thread.run_sync(server.kill)
 
 
@@ -932,7 +932,7 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
             proxy.cut_all()
             await until(lambda: layer._wanted["cut"].confirmed)
             server.pause()
-            tg.start_soon(layer._restore, layer._link.connection)
+            tg.start_soon(layer._restore, layer._topology.links[0], layer._topology.links[0].connection)
             tg.start_soon(read, "dropped")
             await until(lambda: "dropped" in layer._here.channels)
             layer._here.forget(layer._here.channels["dropped"])
@@ -965,7 +965,7 @@ async def test_a_bug_of_ours_is_told(kind: Kind, server: RedisServer) -> None:
     layer._do_chores = broken
     with pytest.raises(ExceptionGroup) as caught, fail_after(PATIENCE):
         async with layer:
-            layer._note_chore()
+            layer.note_chore()
             await anyio.sleep_forever()
     assert caught.value.split(ZeroDivisionError)[1] is None
 

@@ -296,9 +296,8 @@ class Mailbox(Expirable, Generic[T]):
         self._widen_last(1, rung)
 
     def mark_outage(self, rung: list[Waiter]) -> None:
-        """Something may be missing here, and nobody knows how much."""
-        if self.track_gaps:
-            self._widen_last(None, rung)
+        """Something may be missing here, and nobody knows how much; where gaps are tracked."""
+        self._widen_last(None, rung)
 
     def _widen_last(self, missed: int | None, rung: list[Waiter]) -> None:
         last = self.entries[-1][1] if self.entries else None

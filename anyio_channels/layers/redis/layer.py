@@ -15,7 +15,7 @@ import logging
 import re
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -23,7 +23,6 @@ from typing import Any, Final
 
 import redis.exceptions
 from anyio import CancelScope, ClosedResourceError, Event, create_task_group, move_on_after, sleep
-from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from anyio_channels.layers.backend import thread
@@ -33,13 +32,13 @@ from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 
 from .connection import Connection
-from .endpoint import Host
+from .endpoint import Endpoint, Host
 from .link import Link
 from .topology import Topology
 
 __all__ = ["RedisLayer", "RedisLayerStatistics"]
 
-logger: Final = logging.getLogger("anyio_channels")
+logger: Final[logging.Logger] = logging.getLogger("anyio_channels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ class RedisLayer(BaseChannelLayer):
         """Become blank, as at each opening."""
         self._room = Mailroom(self._clock)
         self._here = self._make_directory()
-        self._client = secrets.token_hex(16)
+        self.client: str = secrets.token_hex(16)
         self._sent = 0
         self._unreadable = 0
         self._missed = 0
@@ -138,19 +137,19 @@ class RedisLayer(BaseChannelLayer):
         """Return the blank list of channels and groups."""
 
     @abstractmethod
-    def _make_link(self) -> Link:
-        """Return the link for commands, not running."""
+    def _make_link(self, endpoint: Endpoint) -> Link:
+        """Return the link for commands to a server, not running."""
 
     @abstractmethod
-    async def _run(self, tasks: TaskGroup) -> None:
-        """Start what else runs while the layer is open."""
+    def _is_on(self, channel: Channel, link: Link) -> bool:
+        """Whether ``channel`` may miss something when that server is away."""
 
     @abstractmethod
     async def _do_chores(self) -> None:
-        """Do what was noted; with the link up or down."""
+        """Do what was noted; with any link up or down."""
 
     @abstractmethod
-    async def _tick(self, connection: Connection) -> None:
+    async def _tick(self, link: Link, connection: Connection) -> None:
         """Keep the connection alive and memberships fresh; errors of the connection are for the caller."""
 
     @abstractmethod
@@ -158,8 +157,8 @@ class RedisLayer(BaseChannelLayer):
         """Before the mailboxes are closed: note what is to be given back."""
 
     @abstractmethod
-    async def _wind_up(self) -> None:
-        """Before closing: give back, while the connection is there."""
+    async def _wind_up(self, link: Link) -> None:
+        """Before closing: give back, while that connection is there."""
 
     @property
     @abstractmethod
@@ -171,13 +170,14 @@ class RedisLayer(BaseChannelLayer):
     async def open(self) -> None:
         """Connect; called by ``async with``.
 
-        Raises an error of the ``redis`` package that names the server and the cause, within ``connect_timeout`` seconds.
+        Raises an error of the ``redis`` package that names the server and the cause, within ``connect_timeout`` seconds. Of
+        several servers one must be there, and none may refuse; those that cannot be reached then are logged and tried on.
         """
         self._reset()
         self._token = current_token().native_token
         self._thread = get_ident()
-        self._link = self._make_link()
-        self._links.append(self._link)
+        self._topology.open(self._make_link)
+        self._links += self._topology.links
         self._is_open = True
         self._was_closed = False
         # Whoever cancels all around the layer has it closed in order: until then the connection is needed.
@@ -188,13 +188,31 @@ class RedisLayer(BaseChannelLayer):
         await self._tasks.__aenter__()
         try:
             self._tasks.start_soon(self._live)
-            await self._link.opened()
+            await self._until_reached()
         except BaseException:
             self._is_open = False
             with CancelScope(shield=True):
                 await self._stop()
             await self._tasks.__aexit__(None, None, None)
             raise
+
+    async def _until_reached(self) -> None:
+        links = self._topology.links
+        errors: list[redis.exceptions.RedisError] = []
+
+        async def wait(link: Link) -> None:
+            try:
+                await link.opened()
+            except redis.exceptions.RedisError as error:
+                errors.append(error)
+                if link.refused:
+                    waiting.cancel_scope.cancel()
+
+        async with create_task_group() as waiting:
+            for link in links:
+                waiting.start_soon(wait, link)
+        if len(errors) == len(links) or any(link.refused for link in links):
+            raise errors[-1]
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -226,14 +244,37 @@ class RedisLayer(BaseChannelLayer):
             self._here.close(rung)
         self._room.wake(rung)
         try:
-            if self._link.connection is not None:
-                with move_on_after(self.timeout):
-                    await self._wind_up()
-        except redis.exceptions.RedisError as error:
-            logger.warning("%s; closed without telling it", error)
+            with move_on_after(self.timeout):
+                await self._at_each(self._take_leave, self._topology.links)
         finally:
             with CancelScope(shield=True):
                 await self._stop()
+
+    async def _at_each(self, call: Callable[[Link], Awaitable[None]], links: Sequence[Link]) -> None:
+        """Await ``call`` for each of ``links``, at the same time; when all have ended, raise the first error."""
+        if len(links) == 1:
+            await call(links[0])
+            return
+        errors: list[redis.exceptions.RedisError] = []
+
+        async def try_call(link: Link) -> None:
+            try:
+                await call(link)
+            except redis.exceptions.RedisError as error:
+                errors.append(error)
+
+        async with create_task_group() as tasks:
+            for link in links:
+                tasks.start_soon(try_call, link)
+        if errors:
+            raise errors[0]
+
+    async def _take_leave(self, link: Link) -> None:
+        try:
+            if link.connection is not None:
+                await self._wind_up(link)
+        except redis.exceptions.RedisError as error:
+            logger.warning("%s; closed without telling it", error)
 
     async def _stop(self) -> None:
         self._scope.cancel()
@@ -244,23 +285,30 @@ class RedisLayer(BaseChannelLayer):
         try:
             with self._scope:
                 async with create_task_group() as tasks:
-                    tasks.start_soon(self._link.run)
-                    tasks.start_soon(self._tick_for_ever)
+                    self._runs = tasks
                     tasks.start_soon(self._do_chores_for_ever)
-                    await self._run(tasks)
+                    for link in self._topology.links:
+                        tasks.start_soon(link.run)
+                        tasks.start_soon(self._tick_for_ever, link)
         finally:
             self._stopped.set()
 
-    async def _tick_for_ever(self) -> None:
+    def start_link(self, link: Link) -> None:
+        """Have ``link`` run as long as the layer, unless it does. For parts of the layer."""
+        if link not in self._links:
+            self._links.append(link)
+            self._runs.start_soon(link.run)
+
+    async def _tick_for_ever(self, link: Link) -> None:
         while True:
             await sleep(self._tick_seconds)
             self._sweep(float("inf"))
-            connection = self._link.connection
+            connection = link.connection
             if connection is not None:
                 try:
-                    await self._tick(connection)
+                    await self._tick(link, connection)
                 except redis.exceptions.RedisError as error:
-                    logger.debug("%s: keep-alive failed: %s", self._link.name, error)
+                    logger.debug("%s: keep-alive failed: %s", link.name, error)
 
     async def _do_chores_for_ever(self) -> None:
         while True:
@@ -268,9 +316,14 @@ class RedisLayer(BaseChannelLayer):
             self._chores_bell = Event()
             await self._do_chores()
 
-    def _note_chore(self) -> None:
-        """Something was noted for ``_do_chores``; callable anywhere in the event loop, also under the lock."""
+    def note_chore(self) -> None:
+        """Something was noted for ``_do_chores``; callable anywhere in the event loop, also under the lock. For parts of it."""
         self._chores_bell.set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the layer is open."""
+        return self._is_open
 
     def _require_open(self) -> None:
         """Raise unless the layer is open, and open in this event loop."""
@@ -298,7 +351,7 @@ class RedisLayer(BaseChannelLayer):
             self._here.open_inbox(name, capacity, overflow, on_gap)
 
     def _new_name(self, prefix: str) -> str:
-        return f"{prefix}{self._client}!{secrets.token_hex(12)}"
+        return f"{prefix}{self.client}!{secrets.token_hex(12)}"
 
     def _channel(self, name: str) -> Channel:
         """Find or make the mailbox of a valid name."""
@@ -382,12 +435,13 @@ class RedisLayer(BaseChannelLayer):
     def _log_dropped(self, name: str) -> None:
         self._log_once(f"full {name}", "channel %r was full and missed a message", name)
 
-    def _mark_outage(self) -> None:
-        """Every inbox that wants to know is told that it may have missed something."""
+    def mark_outage(self, link: Link) -> None:
+        """Every inbox that wants to know is told that it may have missed something. For parts of the layer."""
         rung: list[Waiter] = []
         with self._room:
             for channel in self._here.channels.values():
-                channel.mark_outage(rung)
+                if channel.track_gaps and self._is_on(channel, link):
+                    channel.mark_outage(rung)
         self._room.wake(rung)
 
     def _statistics(self, sent: int, expired_elsewhere: int = 0) -> RedisLayerStatistics:

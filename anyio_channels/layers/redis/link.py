@@ -89,8 +89,9 @@ class Link:
         """Why it is not up."""
         self.clock_offset: float = 0.0
         """What to add to ``time.monotonic()`` to have the server's time, in seconds."""
+        self.refused: bool = False
+        """Whether the server refused in a way that waiting does not cure."""
         self._news = Event()
-        self._refused = False
         self._past_commands = 0
 
     @property
@@ -164,7 +165,7 @@ class Link:
         Raises an error of the ``redis`` package that names the server and the cause, at once where waiting would not help.
         """
         with move_on_after(self.connect_timeout):
-            while self.connection is None and not self._refused:
+            while self.connection is None and not self.refused:
                 await self._news.wait()
         if self.connection is None:
             raise self._down_error()
@@ -207,7 +208,7 @@ class Link:
         self.connection = connection
         self.connects += 1
         self.error = None
-        self._refused = False
+        self.refused = False
         self._on_up(connection)
         self._tell()
 
@@ -223,12 +224,12 @@ class Link:
         if self.error is None:
             _logger.warning("%s cannot be reached: %s; trying again", self.name, _said(error))
         self.error = error
-        self._refused = isinstance(error, ssl.SSLError) or (
+        self.refused = isinstance(error, ssl.SSLError) or (
             isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
             and not isinstance(error, _PASSING)
             and "BUSY" not in str(error)  # a script that runs long; it has no class of its own
         )
-        if self._refused:
+        if self.refused:
             self._tell()
 
     def _tell(self) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import redis.exceptions
 from anyio import ClosedResourceError
-from anyio.abc import TaskGroup
 
 from anyio_channels.layers.base import Message, OnGap, Overflow
 from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadable
@@ -28,7 +27,7 @@ from anyio_channels.layers.local import Channel, Directory, Group
 from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost
-from .endpoint import Host
+from .endpoint import Endpoint, Host
 from .layer import RedisLayer, RedisLayerStatistics
 from .link import Link
 
@@ -39,11 +38,12 @@ _AT_ONCE = 500
 
 
 class _Subscription:
-    """A Redis channel that is wanted, and whether Redis confirmed it on the connection that is up."""
+    """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
 
-    __slots__ = ("confirmed",)
+    __slots__ = ("confirmed", "link")
 
-    def __init__(self) -> None:
+    def __init__(self, link: Link) -> None:
+        self.link: Link = link
         self.confirmed: bool = False
 
 
@@ -157,15 +157,25 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _make_directory(self) -> Directory:
         return _PubSubDirectory(self)
 
-    def _make_link(self) -> Link:
-        return Link(
-            self._topology.owner(""),
+    def _make_link(self, endpoint: Endpoint) -> Link:
+        link = Link(
+            endpoint,
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
-            restore=self._restore,
-            on_up=self._up,
-            on_down=self._down,
+            restore=lambda connection: self._restore(link, connection),
+            on_up=lambda _: self._up(link),
+            on_down=lambda: self._down(link),
             on_push=self._pushed,
+        )
+        return link
+
+    def _link_of(self, name: str) -> Link:
+        """Return the link to the server that owns the Redis channel ``name``; by the whole of it, as for channels_redis."""
+        return self._topology.owner(name, name)
+
+    def _is_on(self, channel: Channel, link: Link) -> bool:
+        return self._link_of(channel.name) is link or any(
+            self._link_of(self.group_key(group.name)) is link for group in channel.groups or ()
         )
 
     def group_key(self, group: str) -> str:
@@ -187,7 +197,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         body = self._codec.encode(message)
         await self._check_in()
         self._require_open()
-        await self._execute("PUBLISH", channel, self._codec.seal(body))
+        await self._execute(self._link_of(channel), "PUBLISH", channel, self._codec.seal(body))
         self._sent += 1
 
     def _is_attended(self, source: Channel) -> bool:
@@ -197,7 +207,8 @@ class RedisPubSubChannelLayer(RedisLayer):
         # Also if Redis is away: the next connection begins with what is wanted.
         await self._check_in(0)
         source = self._channel(channel)
-        if not self._wanted[channel].confirmed and self._link.connection is not None:
+        subscription = self._wanted[channel]
+        if not subscription.confirmed and subscription.link.connection is not None:
             await self._confirm_reader(source)
         return source
 
@@ -236,7 +247,8 @@ class RedisPubSubChannelLayer(RedisLayer):
         await self._check_in()
         self._require_open()
         self._clear()
-        await self._execute("PING")  # what was sent before has arrived when this returns
+        # What was sent before has arrived when this returns.
+        await self._at_each(lambda link: self._execute(link, "PING"), self._topology.links)
         self._clear()
 
     def _clear(self) -> None:
@@ -285,7 +297,8 @@ class RedisPubSubChannelLayer(RedisLayer):
         self._require_open()
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
-        await self._execute("PUBLISH", self.group_key(group), self._codec.seal(body))
+        key = self.group_key(group)
+        await self._execute(self._link_of(key), "PUBLISH", key, self._codec.seal(body))
         self._sent += 1
 
     async def group_channels(self, group: str) -> set[str]:
@@ -357,24 +370,25 @@ class RedisPubSubChannelLayer(RedisLayer):
         """The Redis channel ``name`` is to be subscribed to. For parts of the layer."""
         subscription = self._wanted.get(name)
         if subscription is None:
-            subscription = self._wanted[name] = _Subscription()
+            subscription = self._wanted[name] = _Subscription(self._link_of(name))
         return subscription
 
     def unwant(self, name: str) -> None:
         """The Redis channel ``name`` is not needed any more. For parts of the layer."""
-        if self._wanted.pop(name, None) is not None and self._link.connection is not None:
-            self._link.connection.submit("UNSUBSCRIBE", name)
+        subscription = self._wanted.pop(name, None)
+        if subscription is not None and subscription.link.connection is not None:
+            subscription.link.connection.submit("UNSUBSCRIBE", name)
 
     async def _confirm(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has."""
         subscription = self._wanted[name]
         if not subscription.confirmed:
-            await self._execute("SUBSCRIBE", name)
+            await self._execute(subscription.link, "SUBSCRIBE", name)
             # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
-            subscription.confirmed = self._link.connection is not None
+            subscription.confirmed = subscription.link.connection is not None
 
-    async def _restore(self, connection: Connection) -> None:
-        wanted = dict(self._wanted)
+    async def _restore(self, link: Link, connection: Connection) -> None:
+        wanted = {name: subscription for name, subscription in self._wanted.items() if subscription.link is link}
         names = list(wanted)
         for start in range(0, len(names), _AT_ONCE):
             batch = names[start : start + _AT_ONCE]
@@ -396,14 +410,16 @@ class RedisPubSubChannelLayer(RedisLayer):
             return False
         return True
 
-    def _up(self, connection: Connection) -> None:  # noqa: ARG002 - what is wanted is restored already
-        if self._link.connects > 1:
-            self._mark_outage()
+    def _up(self, link: Link) -> None:
+        """What is wanted was restored already."""
+        if link.connects > 1:
+            self.mark_outage(link)
             self._tell_channels(self.on_reconnect)
 
-    def _down(self) -> None:
+    def _down(self, link: Link) -> None:
         for subscription in self._wanted.values():
-            subscription.confirmed = False
+            if subscription.link is link:
+                subscription.confirmed = False
         self._tell_channels(self.on_disconnect)
 
     def _tell_channels(self, message_type: str | None) -> None:
@@ -457,9 +473,9 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     # The life of an open layer
 
-    async def _execute(self, *command: Any) -> Any:
+    async def _execute(self, link: Link, *command: Any) -> Any:
         try:
-            return await self._link.execute(*command)
+            return await link.execute(*command)
         except ConnectionLost as error:
             if not self._is_open:
                 raise ClosedResourceError(f"{self!r} was closed") from error
@@ -468,7 +484,7 @@ class RedisPubSubChannelLayer(RedisLayer):
     def look_after(self, channel: _PubSubChannel) -> None:
         """A message expired unread on ``channel``. For parts of the layer."""
         self._deserted.add(channel)
-        self._note_chore()
+        self.note_chore()
 
     def _forget(self, channel: Channel) -> None:
         with self._room:
@@ -483,18 +499,15 @@ class RedisPubSubChannelLayer(RedisLayer):
                 if channel.idle and not channel.closed:
                     self._here.forget(channel)
 
-    async def _run(self, tasks: TaskGroup) -> None:
-        """Nothing else runs."""
-
     @property
     def _tick_seconds(self) -> float:
         return self.keep_alive
 
-    async def _tick(self, connection: Connection) -> None:
+    async def _tick(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - as the queue layer
         await connection.execute("PING")
 
     def _begin_closing(self) -> None:
         """There is nothing to give back."""
 
-    async def _wind_up(self) -> None:
+    async def _wind_up(self, link: Link) -> None:
         """There is nothing to give back."""

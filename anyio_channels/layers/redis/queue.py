@@ -25,7 +25,7 @@ from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
 from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost, Request
-from .endpoint import Host
+from .endpoint import Endpoint, Host
 from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
 from .link import Link, Script, call_soon
@@ -43,9 +43,10 @@ _OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|prefix$)")
 class _Room:
     """Those who wait for room in one channel: one asks, the others wait behind it."""
 
-    __slots__ = ("bell", "lock", "users")
+    __slots__ = ("bell", "link", "lock", "users")
 
-    def __init__(self) -> None:
+    def __init__(self, link: Link) -> None:
+        self.link = link
         self.lock = Lock()
         self.bell = Event()
         self.users = 0
@@ -113,17 +114,19 @@ class RedisChannelLayer(QueueIntake):
     def _reset(self) -> None:
         super()._reset()
         self._rooms: dict[str, _Room] = {}
-        self._renewed_at = time.monotonic()
+        self._renewed_at: dict[Link, float] = {}
 
-    def _make_link(self) -> Link:
-        return Link(
-            self._topology.owner(""),
+    def _make_link(self, endpoint: Endpoint) -> Link:
+        link = Link(
+            endpoint,
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
-            restore=self._restore,
-            on_up=self._up,
+            restore=lambda connection: self._restore(link, connection),
+            on_up=lambda connection: self._up(link, connection),
             on_push=self._pushed,
         )
+        self._add_popper(link)
+        return link
 
     # Messages
 
@@ -145,10 +148,11 @@ class RedisChannelLayer(QueueIntake):
         key = self.channel_key(channel)
         entry = self._codec.seal(body)
         capacity = self.get_capacity(channel)
+        link = self._link_of(channel)
         if wait:
-            await self._send_when_room(key, entry, capacity)
+            await self._send_when_room(link, key, entry, capacity)
         else:
-            reply: int = await self._call(SEND, [key], entry, capacity, self.expiry)
+            reply: int = await self._call(link, SEND, [key], entry, capacity, self.expiry)
             self._expired_there += reply if reply >= 0 else -1 - reply
             if reply < 0:
                 raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
@@ -172,19 +176,23 @@ class RedisChannelLayer(QueueIntake):
         await self._check_in()
         self._require_open()
         self._clear()
+        await self._at_each(self._flush_server, self._topology.links)
+        self._clear()
+
+    async def _flush_server(self, link: Link) -> None:
         found: set[bytes] = set()
         cursor: Any = 0
         while True:
-            cursor, keys = await self._execute("SCAN", cursor, "MATCH", _glob_escaped(self.prefix) + "*", "COUNT", 1000)
+            scan = ("SCAN", cursor, "MATCH", _glob_escaped(self.prefix) + "*", "COUNT", 1000)
+            cursor, keys = await self._execute(link, *scan)
             found.update(keys)
             if int(cursor) == 0:
                 break
         doomed = _keys_of(self.prefix.encode(), found)
         for start in range(0, len(doomed), _AT_ONCE):
-            await self._execute("UNLINK", *doomed[start : start + _AT_ONCE])
+            await self._execute(link, "UNLINK", *doomed[start : start + _AT_ONCE])
         with move_on_after(self.timeout):
-            await self._until_pop_ends()  # what was popped before may be on its way
-        self._clear()
+            await self._poppers[link].until_ended()  # what was popped before may be on its way
 
     def _clear(self) -> None:
         rung: list[Waiter] = []
@@ -200,7 +208,7 @@ class RedisChannelLayer(QueueIntake):
         self.require_valid_channel_name(channel)
         await self._check_in()
         self._require_open()
-        await self._call(GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
+        await self._call(self._link_of_group(group), GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
         if self._is_own(channel):
             self._join_here(group, channel, self.group_expiry)
 
@@ -212,12 +220,13 @@ class RedisChannelLayer(QueueIntake):
         self._require_open()
         with self._room:
             self._here.leave(group, channel)
-        await self._execute("ZREM", self.group_key(group), channel)
+        await self._execute(self._link_of_group(group), "ZREM", self.group_key(group), channel)
 
     async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
         """Send ``message`` to every member of ``group``, as ``BaseChannelLayer.group_send`` says.
 
-        If cancelled, all were sent it or none.
+        Where the members are on several servers, those of one that is down are not sent it, the others are, and the error
+        says which is down. If cancelled, all on one server were sent it or none.
         """
         self.require_valid_group_name(group)
         excluded = self._require_valid_exclude(exclude)
@@ -225,26 +234,36 @@ class RedisChannelLayer(QueueIntake):
         await self._check_in()
         self._require_open()
         self._sweep()
-        members: dict[str, list[str]] = {}
-        prefix = self.prefix
+        members: dict[str, list[str]] = {}  # by the non-local name
         for name in await self._members(group):
             if name not in excluded:
                 head, mark, _ = name.partition("!")
-                members.setdefault(prefix + head + mark, []).append(name)
+                members.setdefault(head + mark, []).append(name)
         if not members:
             return
+        batches: dict[Link, list[list[str]]] = {}
+        for start, names in members.items():
+            batches.setdefault(self._topology.owner(start, self.prefix + start), []).append(names)
+
+        async def send_there(link: Link) -> None:
+            await self._send_batch(link, group, body, batches[link])
+
+        await self._at_each(send_there, list(batches))
+
+    async def _send_batch(self, link: Link, group: str, body: bytes, batch: list[list[str]]) -> None:
+        """Send to the members of ``group`` on one server; ``batch`` has the names that share a key."""
         arguments: list[Any] = []
-        for names in members.values():
+        for names in batch:
             arguments += (
                 self.get_capacity(names[0]),
                 self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
             )
-        expired, *full = await self._call(GROUP_SEND, list(members), self.expiry, *arguments)
+        keys = [self.channel_key(names[0]) for names in batch]
+        expired, *full = await self._call(link, GROUP_SEND, keys, self.expiry, *arguments)
         self._expired_there += expired
-        self._sent += sum(map(len, members.values()))
+        self._sent += sum(map(len, batch))
         if full:
-            lists = list(members.values())
-            missed = sum(len(lists[number - 1]) for number in full)
+            missed = sum(len(batch[number - 1]) for number in full)
             self._missed += missed
             self._log_once(
                 f"group {group}", "group %r: %d of its members were full and missed a message", group, missed
@@ -260,7 +279,8 @@ class RedisChannelLayer(QueueIntake):
 
     async def _members(self, group: str) -> list[str]:
         names: list[str] = []
-        for raw in await self._call(GROUP_MEMBERS, [self.group_key(group)], self.group_expiry):
+        link = self._link_of_group(group)
+        for raw in await self._call(link, GROUP_MEMBERS, [self.group_key(group)], self.group_expiry):
             name = _member_name(raw)
             if name is None:
                 self._drop_unreadable(self.group_key(group), f"{raw!r} is no channel name")
@@ -303,7 +323,8 @@ class RedisChannelLayer(QueueIntake):
         await self._check_in()
         self._require_open()
         try:
-            await self._call(GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
+            link = self._link_of_group(group)
+            await self._call(link, GROUP_ADD, [self.group_key(group)], self.group_expiry, channel)
         except BaseException:
             self.leave_soon([(group, channel)])
             raise
@@ -316,16 +337,16 @@ class RedisChannelLayer(QueueIntake):
 
     # Calls
 
-    async def _call(self, script: Script, keys: Sequence[str], *args: Any) -> Any:
+    async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any) -> Any:
         try:
-            return await self._link.call(script, keys, *args)
+            return await link.call(script, keys, *args)
         except ConnectionLost as error:
             self._raise_closed(error)
             raise
 
-    async def _execute(self, *command: Any) -> Any:
+    async def _execute(self, link: Link, *command: Any) -> Any:
         try:
-            return await self._link.execute(*command)
+            return await link.execute(*command)
         except ConnectionLost as error:
             self._raise_closed(error)
             raise
@@ -336,11 +357,11 @@ class RedisChannelLayer(QueueIntake):
 
     # Sending when there is room
 
-    async def _send_when_room(self, key: str, entry: bytes, capacity: int) -> None:
+    async def _send_when_room(self, link: Link, key: str, entry: bytes, capacity: int) -> None:
         room = self._rooms.get(key)
         if room is None:
-            room = self._rooms[key] = _Room()
-        marker = self._room_key(key)
+            room = self._rooms[key] = _Room(link)
+        marker = self.room_key(key)
         room.users += 1
         try:
             async with room.lock:
@@ -348,13 +369,13 @@ class RedisChannelLayer(QueueIntake):
                 while True:
                     self._require_open()
                     room.bell = Event()
-                    expired, wait = await self._call(SEND_WAITING, [key, marker], entry, capacity, self.expiry)
+                    expired, wait = await self._call(link, SEND_WAITING, [key, marker], entry, capacity, self.expiry)
                     self._expired_there += expired
                     if wait < 0:
                         return
-                    if listening_to is not self._link.connection:
-                        listening_to = self._link.connection
-                        await self._execute("SUBSCRIBE", marker)
+                    if listening_to is not link.connection:
+                        listening_to = link.connection
+                        await self._execute(link, "SUBSCRIBE", marker)
                         continue  # room may have been made meanwhile
                     with move_on_after(min(wait / 1000, _RECHECK)):
                         await room.bell.wait()
@@ -362,8 +383,8 @@ class RedisChannelLayer(QueueIntake):
             room.users -= 1
             if not room.users:
                 del self._rooms[key]
-                if self._link.connection is not None:
-                    self._link.connection.submit("UNSUBSCRIBE", marker)
+                if link.connection is not None:
+                    link.connection.submit("UNSUBSCRIBE", marker)
 
     def _pushed(self, push: list[Any]) -> None:
         """Somebody made room."""
@@ -375,29 +396,30 @@ class RedisChannelLayer(QueueIntake):
 
     # The life of an open layer
 
-    async def _restore(self, connection: Connection) -> None:
+    async def _restore(self, link: Link, connection: Connection) -> None:
         """Whoever waits for room hears of it again."""
-        if self._rooms:
-            await connection.execute("SUBSCRIBE", *map(self._room_key, self._rooms))
+        markers = [self.room_key(key) for key, room in self._rooms.items() if room.link is link]
+        if markers:
+            await connection.execute("SUBSCRIBE", *markers)
 
-    def _up(self, connection: Connection) -> None:
-        """The connection for commands is up: say what this process holds."""
-        if self._link.connects > 1:
-            self._mark_outage()
+    def _up(self, link: Link, connection: Connection) -> None:
+        """A connection for commands is up: say what this process holds."""
+        if link.connects > 1:
+            self.mark_outage(link)
         call_soon(connection, TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
         self._leave_now()
-        self._rejoin(connection)
+        self._rejoin(link, connection)
         for room in self._rooms.values():
             room.bell.set()
-        self._waking = False
-        if self._popping:
-            self._wake()
-        self._note_chore()
+        self._poppers[link].commands_up()
+        self.note_chore()
 
-    def _rejoin(self, connection: Connection) -> None:
-        """Join all groups of open inboxes, again or to renew."""
-        self._renewed_at = time.monotonic()
+    def _rejoin(self, link: Link, connection: Connection) -> None:
+        """Join all groups of open inboxes on that server, again or to renew."""
+        self._renewed_at[link] = time.monotonic()
         for group in tuple(self._here.groups.values()):
+            if self._link_of_group(group.name) is not link:
+                continue
             names = [name for name in group.members if name not in group.expiries]
             for start in range(0, len(names), _AT_ONCE):
                 call_soon(
@@ -422,13 +444,13 @@ class RedisChannelLayer(QueueIntake):
     def _prefix_life(self) -> float:
         return 2 * max(self.group_expiry, self.expiry)
 
-    async def _tick(self, connection: Connection) -> None:
+    async def _tick(self, link: Link, connection: Connection) -> None:
         before = time.monotonic()
-        there, now = await self._link.call(TICK, [self._prefix_key], self._prefix_life)
-        self._link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
-        self._popper.clock_offset = self._link.clock_offset
-        if not there or before - self._renewed_at >= self.group_expiry / 3:
-            self._rejoin(connection)  # Redis was emptied, or it is time
+        there, now = await link.call(TICK, [self._prefix_key], self._prefix_life)
+        link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
+        self._poppers[link].link.clock_offset = link.clock_offset
+        if not there or before - self._renewed_at[link] >= self.group_expiry / 3:
+            self._rejoin(link, connection)  # Redis was emptied, or it is time
 
     def _begin_closing(self) -> None:
         super()._begin_closing()

@@ -3,35 +3,46 @@
 Rules:
 - a name is owned by the server of its non-local part, so that a channel, its process and what is sent to it meet there.
 - the layers ask for every name, and do not know how many servers there are.
-
-There is one server so far.
+- several servers share the names as channels_redis has them do: by twelve bits of the CRC-32 of the name, in equal ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from binascii import crc32
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from .endpoint import Endpoint, Host, parse_hosts
+from .link import Link
 
 __all__ = ["Topology"]
 
+_RING: Final = 4096
+
 
 class Topology:
-    """The servers of one layer."""
+    """The servers of one layer, and the links to them while it is open."""
 
     def __init__(self, hosts: Sequence[Host] | None) -> None:
-        """Take ``hosts`` as a layer does. ``ValueError`` for what is not supported."""
+        """Take ``hosts`` as a layer does. ``TypeError`` and ``ValueError`` for what cannot be."""
         self.endpoints: list[Endpoint] = parse_hosts(hosts)
-        if len(self.endpoints) > 1:
-            raise ValueError(
-                f"hosts names {len(self.endpoints)} Redis servers; this version of anyio_channels supports one"
-            )
+        if len(self.endpoints) > _RING:
+            raise ValueError(f"hosts names {len(self.endpoints)} Redis servers; {_RING} is the most")
+        self.links: list[Link] = []
 
     @property
     def name(self) -> str:
-        """How errors and ``repr`` call the servers."""
+        """How ``repr`` calls the servers."""
         return ", ".join(endpoint.name for endpoint in self.endpoints)
 
-    def owner(self, name: str) -> Endpoint:  # noqa: ARG002 - with one server, all names are its
-        """Return the server that owns ``name``."""
-        return self.endpoints[0]
+    def open(self, make_link: Callable[[Endpoint], Link]) -> None:
+        """Make the links, not running."""
+        self.links = [make_link(endpoint) for endpoint in self.endpoints]
+
+    def owner(self, name: str, key: str) -> Link:  # noqa: ARG002 - several servers go by the name
+        """Return the link to the server that owns ``name``, whose key there is ``key``."""
+        links = self.links
+        if len(links) == 1:
+            return links[0]
+        # In floating point, as theirs is: that decides who has a number on the edge between two.
+        return links[int(crc32(name.encode()) % _RING / (_RING / len(links)))]

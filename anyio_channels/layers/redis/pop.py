@@ -1,0 +1,243 @@
+"""The blocking pop on one server: one for all keys that are waited for there.
+
+Rules:
+- one blocking pop at a time, on a connection of its own, over all keys wanted. To change the keys a message to ourselves
+  (the wake key) ends it. Its reply is handled, and the next pop sent, in one plain function.
+- what several processes read is popped one message at a time, for a reader who waits. What only this process reads is
+  popped as it comes, and emptied in between.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import redis.exceptions
+from anyio import Event
+
+from .connection import Argument, Connection, ConnectionLost, Request
+from .link import Link
+from .scripts import POP
+
+if TYPE_CHECKING:
+    from .intake import QueueChannel, QueueIntake
+
+__all__ = ["PASSING", "Popper"]
+
+_DRAIN: Final = 1000
+"""How many messages are popped at once from what only this process reads."""
+PASSING: Final = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+)
+"""What will pass: readers wait."""
+
+
+class Popper:
+    """What is waited for on one server, and the pop that waits there."""
+
+    def __init__(self, layer: QueueIntake, link: Link) -> None:
+        """``link``: for commands to that server; ``layer``: where messages go."""
+        self.own: dict[str, str] = {}
+        """Keys that only this process reads, with their non-local names."""
+        self.blocked: dict[str, QueueChannel] = {}
+        """Normal channels whose key is in the blocking pop, or will be, by that key."""
+        self.popping: bool = False
+        self.waking: bool = False
+        self.trouble: Exception | None = None
+        """Why the pop was refused, until it is tried again."""
+        self.fetches: int = 0
+        """Pops in flight on the connection for commands."""
+        self.pops_many: bool = False
+        self._layer = layer
+        self._commands = link
+        self._to_drain: set[str] = set()
+        self._ended: Event | None = None
+        self._text_first = True
+        self._rounds = 0
+        self._client_id = 0
+        self._wake_key = f"{layer.prefix}:wake:{layer.client}"
+        self.link: Link = Link(
+            link.endpoint,
+            timeout=layer.timeout,
+            connect_timeout=layer.connect_timeout,
+            restore=self._ask_for_id,
+            on_up=self._up,
+        )
+
+    async def _ask_for_id(self, connection: Connection) -> None:
+        self._client_id = await connection.execute("CLIENT", "ID")
+        self.pops_many = connection.version >= (7, 0)
+
+    def _up(self, connection: Connection) -> None:  # noqa: ARG002 - the pop asks for it
+        if self.link.connects > 1:
+            self._layer.mark_outage(self._commands)  # the last pop may have taken something that did not come
+        self.pop()
+
+    def commands_up(self) -> None:
+        """The connection for commands is up."""
+        self.waking = False
+        if self.popping:
+            self.wake()
+
+    # What is waited for
+
+    def own_key(self, key: str, start: str) -> None:
+        """See that what is sent to the process-specific channels that begin with ``start`` comes here."""
+        if key not in self.own:
+            self.own[key] = start
+            self._to_drain.add(key)
+            self.wake()
+
+    def block(self, channel: QueueChannel) -> None:
+        """Wait for a message to the normal ``channel``."""
+        channel.blocked = True
+        self.blocked[channel.key] = channel
+        self.wake()
+
+    def unblock_all(self) -> list[QueueChannel]:
+        """Wait for none of the normal channels any more; return them."""
+        channels = list(self.blocked.values())
+        self.blocked.clear()
+        for channel in channels:
+            channel.blocked = False
+        return channels
+
+    def wake(self) -> None:
+        """Have the blocking pop begin anew, for other keys."""
+        if not self.popping:
+            self.pop()
+        elif not self.waking and (connection := self._commands.connection) is not None:
+            self.waking = True
+            connection.submit("ZADD", self._wake_key, 0, "", done=partial(self._woken, connection))
+            connection.submit("PEXPIRE", self._wake_key, int(self._layer.keep_alive * 2000))
+
+    def _woken(self, connection: Connection, request: Request) -> None:
+        if isinstance(request.error, redis.exceptions.ResponseError):
+            # Out of memory, most likely: nothing can be written. Some users may not call this one, so it comes second.
+            connection.submit("CLIENT", "UNBLOCK", self._client_id)
+        elif request.error is not None:
+            self.waking = False
+
+    async def until_ended(self) -> None:
+        """Wait for all that was popped before this call; for as long as the caller allows."""
+        if self.popping:
+            self._ended = ended = self._ended or Event()
+            self.wake()
+            await ended.wait()
+
+    async def forget_keys(self, connection: Connection) -> None:
+        """Remove what only this process reads, and the wake key."""
+        await connection.execute("UNLINK", self._wake_key, *self.own)
+
+    # The pop
+
+    def pop(self) -> None:
+        """Send the next blocking pop, and in front of it what empties the keys of this process."""
+        layer = self._layer
+        if self.popping or not layer.is_open or self.trouble is not None:
+            return
+        for channel in tuple(self.blocked.values()):
+            if not channel.demand:
+                channel.blocked = False
+                del self.blocked[channel.key]
+        keys = [*self.own, *self.blocked]
+        if not keys:
+            return
+        layer.start_link(self.link)
+        connection = self.link.connection
+        if connection is None:
+            return  # it begins when the connection is up
+        self.waking = False
+        self._rounds += 1
+        if self.blocked:
+            self._to_drain.update(self.own)  # a busy normal channel must not keep them waiting
+        for key in self._to_drain:
+            script = ("EVALSHA", POP.digest)
+            if self._text_first:
+                script = ("EVAL", POP.text)
+                self._text_first = False
+            connection.submit(
+                *script, 2, key, layer.room_key(key), _DRAIN, layer.expiry,
+                done=partial(self._drained, key),
+            )  # fmt: skip
+        self._to_drain.clear()
+        # Redis serves the first key that has something: each should come first at times.
+        turn = self._rounds % len(keys)
+        keys = [self._wake_key, *keys[turn:], *keys[:turn]]
+        self.popping = True
+        command: tuple[Argument, ...] = ("BZPOPMIN", *keys, layer.keep_alive)
+        if self.pops_many and not self.blocked:
+            # Only keys of this process: it may have all at once.
+            command = ("BZMPOP", layer.keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
+        connection.submit(*command, done=self._answered, timeout=layer.keep_alive + layer.timeout)
+
+    def _answered(self, request: Request) -> None:
+        self.popping = False
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
+        if isinstance(request.error, ConnectionLost):
+            return  # it goes on when the connection is up
+        if request.error is not None:
+            self._refused(request.error)
+            return
+        if request.reply is not None:
+            key = request.reply[0].decode()
+            if len(request.reply) == 2:  # noqa: PLR2004 - BZMPOP: the key, and a list of pairs
+                self._popped_many(key, request.reply[1])
+            else:
+                self._popped_one(key, *request.reply[1:])
+        self.pop()
+
+    def _popped_one(self, key: str, entry: bytes, score: float) -> None:
+        if key in self.own:
+            self._layer.put_own(key, self.own[key], entry, score, self.link.server_time)
+            self._to_drain.add(key)
+        elif key in self.blocked:
+            channel = self.blocked.pop(key)
+            channel.blocked = False
+            self._layer.put_normal(channel, entry, repr(float(score)), self.link.server_time)
+            self._layer.fetch(channel)  # for more readers, and for senders who wait for room
+            self._layer.look_after(channel)  # its last reader may have left while the pop was on its way
+
+    def _popped_many(self, key: str, entries: list[tuple[bytes, float]]) -> None:
+        if key == self._wake_key:
+            return
+        server_time = self.link.server_time
+        for entry, score in entries:
+            self._layer.put_own(key, self.own[key], entry, score, server_time)
+        if len(entries) >= self._layer.least_capacity:
+            self._to_drain.add(key)  # it may have been full, and senders may wait for room: that script tells them
+
+    def _drained(self, key: str, request: Request) -> None:
+        if request.error is not None:
+            self._text_first = True  # Redis has lost the script, most likely
+            self._to_drain.add(key)
+            return
+        expired, now, entries = request.reply
+        self._layer.count_expired(expired)
+        for entry, score in zip(entries[::2], entries[1::2], strict=True):
+            self._layer.put_own(key, self.own[key], entry, float(score), float(now))
+        if len(entries) >= 2 * _DRAIN:
+            self._to_drain.add(key)
+
+    def _refused(self, error: Exception) -> None:
+        """Redis does not pop: because of one of the keys, or for a while."""
+        if not isinstance(error, PASSING):
+            if not self.blocked:
+                self._layer.fail_own(self.own, error)  # it is a key of this process
+            # Whose key it is shows when they are fetched one by one; its readers are told.
+            for channel in self.unblock_all():
+                self._layer.look_after(channel)
+        self._layer.log_pop_refused(error)
+        self.trouble = error
+        self._layer.note_chore()
+
+    def try_again(self) -> None:
+        """The pause after trouble is over."""
+        self.trouble = None
+        self.pop()
