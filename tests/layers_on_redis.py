@@ -38,13 +38,16 @@ class Kind:
     layer_class: type[Any]
     features: Features
 
-    def factory(self, *servers: RedisServer) -> LayerFactory:
-        """Make layers on ``servers`` for the kit, each with a prefix of its own and the kit's clock."""
+    def factory(self, *servers: RedisServer, hosts: list[Any] | None = None) -> LayerFactory:
+        """Make layers on ``servers`` for the kit, each with a prefix of its own and the kit's clock.
+
+        ``hosts``: how the layers find them, if not by their URLs.
+        """
 
         def make(clock: Clock, **options: Any) -> BaseChannelLayer:
             prefix = new_prefix()
-            hosts = [server.url for server in servers]
-            layer: BaseChannelLayer = self.layer_class(hosts, prefix=prefix, clock=clock, **options)
+            found = hosts or [server.url for server in servers]
+            layer: BaseChannelLayer = self.layer_class(found, prefix=prefix, clock=clock, **options)
             if isinstance(layer, RedisChannelLayer):
                 clock.move = move_queue(servers, prefix)
                 clock.settle = settle_queue

@@ -23,7 +23,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -192,8 +192,7 @@ class RedisServer:
         self.process.send_signal(signal.SIGCONT)
 
     def _launch(self) -> None:
-        options = f"--appendonly no --loglevel warning --bind {self.host} --port {self.port} --unixsocket".split()
-        command = [find_redis_server(), "--save", "", *options, str(self.unix_socket), *self.config]
+        command = [find_redis_server(), *self._arguments()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", self._COMMAND, "sh", *command],
@@ -203,6 +202,10 @@ class RedisServer:
                 cwd=self.directory,
                 start_new_session=True,  # Ctrl-C is for the tests, which then end it
             )
+
+    def _arguments(self) -> list[str]:
+        options = f"--appendonly no --loglevel warning --bind {self.host} --port {self.port} --unixsocket".split()
+        return ["--save", "", *options, str(self.unix_socket), *self.config]
 
     def _answers(self) -> bool:
         """Ask on the Unix socket, for whoever answers on the port may be another server. It opens after the port."""
@@ -216,6 +219,112 @@ class RedisServer:
                     return True
             time.sleep(0.01)  # nothing tells when the socket is there
         return False
+
+
+class Sentinel(RedisServer):
+    """A sentinel that watches ``primary`` under the name ``mymaster``; a failover takes two votes."""
+
+    def __init__(self, directory: Path, primary: RedisServer, *config: str) -> None:
+        super().__init__(directory, *config)
+        self._primary = primary
+
+    def _arguments(self) -> list[str]:
+        path = self.directory / f"sentinel-{self.port}.conf"
+        if not path.exists():  # the sentinel keeps what it learns there
+            path.write_text(
+                f"""
+                bind {self.host}
+                port {self.port}
+                unixsocket {self.unix_socket}
+                sentinel monitor mymaster {self._primary.host} {self._primary.port} 2
+                sentinel down-after-milliseconds mymaster 700
+                sentinel failover-timeout mymaster 3000
+                """
+                + "\n".join(self.config)
+            )
+        return [str(path), "--sentinel"]
+
+
+class Sentinels:
+    """A primary, a replica, and three sentinels that know each other."""
+
+    def __init__(self, directory: Path) -> None:
+        at_once = ("--repl-diskless-sync-delay", "0")
+        self.servers = [RedisServer(new_directory(directory, "redis"), *at_once) for _ in range(2)]
+        self.sentinels: list[Sentinel] = []
+        self._directory = directory
+
+    def __enter__(self) -> Self:
+        primary, replica = self.servers
+        try:
+            primary.start()
+            replica.config += ("--replicaof", primary.host, str(primary.port))
+            replica.start()
+            for _ in range(3):
+                sentinel = Sentinel(new_directory(self._directory, "sentinel"), primary)
+                self.sentinels.append(sentinel)
+                sentinel.start()
+                with sentinel.client() as client, suppress(redis.ResponseError):
+                    # Redis 7: it looks around every 0.1 s, not every 10.
+                    client.execute_command("SENTINEL", "DEBUG", "info-period", 100, "publish-period", 100)
+            wait_until(self._are_acquainted)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (*self.sentinels, *self.servers):
+            server.kill()
+
+    def _are_acquainted(self) -> bool:
+        for sentinel in self.sentinels:
+            with sentinel.client() as client:
+                state = client.sentinel_masters()["mymaster"]
+                replicas = client.sentinel_slaves("mymaster")
+            if state["num-other-sentinels"] != 2 or not [one for one in replicas if one["master-link-status"] == "ok"]:
+                return False
+        return True
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        return [(sentinel.host, sentinel.port) for sentinel in self.sentinels]
+
+    @property
+    def host(self) -> dict[str, Any]:
+        """The entry of ``hosts``."""
+        return {"sentinels": self.addresses, "master_name": "mymaster"}
+
+    def fail_over(self) -> int:
+        """Ask for a planned failover, unless one is in progress; return the primary's port. One may be given up half way."""
+        with self.sentinels[0].client() as client:
+            state = client.sentinel_masters()["mymaster"]
+            if state["port"] == self.servers[0].port and "failover_in_progress" not in state["flags"]:
+                with suppress(redis.ResponseError):
+                    client.execute_command("SENTINEL", "FAILOVER", "mymaster")
+            port: int = state["port"]
+            return port
+
+    def primary(self) -> RedisServer:
+        """The server that is the primary now, by its own word."""
+        for server in self.servers:
+            with suppress(redis.RedisError), server.client() as client:
+                if client.role()[0] == b"master":
+                    return server
+        raise RuntimeError("there is no primary")
+
+
+def new_directory(parent: Path, name: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=name, dir=parent))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for servers, who tell nobody what they are doing."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(condition)
+        time.sleep(0.02)
 
 
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:

@@ -23,7 +23,7 @@ from redis_server import Certificates, RedisServer, Script, TLSProxy, free_port,
 from scripted_stream import NAME, PATIENCE, ScriptedStream, serving
 
 from anyio_channels.layers.redis.connection import Connection, ConnectionLost
-from anyio_channels.layers.redis.endpoint import Endpoint, parse_host, parse_hosts
+from anyio_channels.layers.redis.endpoint import Endpoint, parse_host
 from anyio_channels.layers.redis.topology import Topology
 
 SECRET = "s3cret"
@@ -225,14 +225,14 @@ def test_refused_hosts(host: Any, error: type[Exception], words: str) -> None:
 
 def test_lists_of_hosts() -> None:
     """hosts is a list; left out, it is the server on this machine."""
-    assert parse_hosts(None) == [Endpoint(host="localhost", port=6379)]
-    assert parse_hosts(["redis://a", ("b", 1)]) == [Endpoint(host="a"), Endpoint(host="b", port=1)]
-    assert parse_hosts(({"host": "a"},)) == [Endpoint(host="a")]
+    assert Topology(None).endpoints == [Endpoint(host="localhost", port=6379)]
+    assert Topology(["redis://a", ("b", 1)]).endpoints == [Endpoint(host="a"), Endpoint(host="b", port=1)]
+    assert Topology(({"host": "a"},)).endpoints == [Endpoint(host="a")]
     with pytest.raises(ValueError, match="hosts must name at least one Redis host; leave it out for redis://localhost"):
-        parse_hosts([])
+        Topology([])
     for hosts in ("redis://:s3cret@a", b"redis://a", {"address": "redis://a"}, 5, {"redis://a"}):
         with pytest.raises(TypeError, match="hosts must be a list of Redis hosts, even if there is only one") as info:
-            parse_hosts(hosts)  # type: ignore[arg-type]
+            Topology(hosts)  # type: ignore[arg-type]
         assert SECRET not in str(info.value)
 
 

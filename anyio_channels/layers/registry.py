@@ -108,9 +108,10 @@ def has_layers() -> bool:
 def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
     """Make the layer that ``url`` describes, not yet opened: ``create_channel_layer("memory://?capacity=10")``.
 
-    ``redis://``, ``rediss://`` (TLS) and ``unix://`` are the queue layer on Redis; with ``+pubsub`` (``redis+pubsub://``) they
-    are the pub/sub layer. The query gives the layer's options, and for Redis those of the ``redis`` package
-    (``ssl_ca_certs``, ``socket_timeout``, ...); ``options`` gives the layer's too, and those that a URL cannot say.
+    ``redis://``, ``rediss://`` (TLS), ``unix://`` and ``redis+sentinel://host:port,host:port/master_name`` (``rediss+sentinel``
+    with TLS) are the queue layer on Redis; with ``+pubsub`` (``redis+pubsub://``, ``redis+sentinel+pubsub://``) they are the
+    pub/sub layer. The query gives the layer's options, and for Redis those of the ``redis`` package (``ssl_ca_certs``,
+    ``socket_timeout``, ...); ``options`` gives the layer's too, and those that a URL cannot say.
 
     Raises ``TypeError`` for an option that the layer does not have or that is given twice, ``ValueError`` for an unknown
     scheme, a value of the wrong form, or a part of the URL that means nothing to the layer, and ``ImportError`` for a layer
@@ -131,7 +132,7 @@ def create_redis_channel_layer(url: str, **options: Any) -> RedisChannelLayer:
     from .redis import RedisChannelLayer  # noqa: PLC0415 - as below
 
     if not isinstance(layer, RedisChannelLayer):
-        raise ValueError("a URL of the queue layer begins with redis://, rediss:// or unix://")  # noqa: TRY004 - a value
+        raise ValueError("a URL of the queue layer begins with redis://, rediss://, unix:// or redis+sentinel://")  # noqa: TRY004 - a value
     return layer
 
 
@@ -152,7 +153,7 @@ def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
 
 def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     parts = urlsplit(url)
-    server, _, kind = parts.scheme.partition("+")
+    server, kind = parts.scheme.removesuffix("+pubsub"), parts.scheme.rpartition("+")[2]
     try:
         from .redis import RedisChannelLayer, RedisPubSubChannelLayer  # noqa: PLC0415 - as above
     except ImportError as error:
@@ -182,9 +183,13 @@ _SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = 
     "redis": _create_redis,
     "rediss": _create_redis,
     "unix": _create_redis,
+    "redis+sentinel": _create_redis,
+    "rediss+sentinel": _create_redis,
     "redis+pubsub": _create_redis,
     "rediss+pubsub": _create_redis,
     "unix+pubsub": _create_redis,
+    "redis+sentinel+pubsub": _create_redis,
+    "rediss+sentinel+pubsub": _create_redis,
 }
 _REDIS_TYPES: Final[dict[str, Callable[[str], Any]]] = {
     "prefix": str,

@@ -144,6 +144,8 @@ class Connection:
         self.ended: bool = False
         self.version: tuple[int, ...] = (0,)
         """The server's version, once the handshake told it."""
+        self.is_primary: bool = True
+        """Whether the server said in the handshake that it takes writes."""
         self.commands: int = 0
         """How many commands were submitted."""
         self._stream = stream

@@ -25,7 +25,7 @@ from redis.credentials import CredentialProvider
 
 from .connection import Connection
 
-__all__ = ["Endpoint", "Host", "parse_host", "parse_hosts"]
+__all__ = ["Endpoint", "Host", "parse_host", "parse_url_options", "require_hosts"]
 
 Host = str | tuple[str, int] | list[Any] | dict[str, Any]
 """One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
@@ -103,18 +103,22 @@ class Endpoint:
             ) from error
         return (found[0], found[1]) if len(found) == 2 else (None, found[0])  # noqa: PLR2004 - or a password alone
 
+    async def greeting(self) -> list[str]:
+        """Return the command that logs in and agrees on RESP3."""
+        username, password = await self._credentials()
+        hello = ["HELLO", "3"]
+        if username or password:
+            hello += ["AUTH", username or "default", password or ""]
+        if self.client_name:
+            hello += ["SETNAME", self.client_name]
+        return hello
+
     async def shake_hands(self, connection: Connection) -> float:
         """Log in, agree on RESP3, choose the database; return the server's time in seconds.
 
         Raises the server's refusal as an error of the ``redis`` package; ``BusyLoadingError`` while it loads its data.
         """
-        username, password = await self._credentials()
-        hello: list[str] = ["HELLO", "3"]
-        if username or password:
-            hello += ["AUTH", username or "default", password or ""]
-        if self.client_name:
-            hello += ["SETNAME", self.client_name]
-        requests = [connection.submit(*hello)]
+        requests = [connection.submit(*await self.greeting())]
         connection.submit("CLIENT", "SETINFO", "LIB-NAME", "anyio_channels")  # Redis 7.2; refusal does not matter
         if self.db:
             requests.append(connection.submit("SELECT", self.db))
@@ -141,18 +145,19 @@ class Endpoint:
         if protocol != 3 or not isinstance(time.reply, list):  # noqa: PLR2004
             raise redis.exceptions.ConnectionError(f"{self.name} does not answer as Redis would: {greeting!r:.100}")
         connection.version = tuple(int(part) for part in re.findall(r"\d+", str(version))[:3])
+        connection.is_primary = greeting.get(b"role") == b"master"
         return seconds + microseconds / 1_000_000
 
 
-def parse_hosts(hosts: Sequence[Host] | None) -> list[Endpoint]:
-    """Return the endpoints for ``hosts`` as a layer takes them; ``None`` is the server on this machine."""
+def require_hosts(hosts: Sequence[Host] | None) -> Sequence[Host]:
+    """Return ``hosts`` if it is what a layer takes; for ``None``, the server on this machine."""
     if hosts is None:
-        return [parse_host(DEFAULT_URL)]
+        return [DEFAULT_URL]
     if isinstance(hosts, str | bytes | Mapping) or not isinstance(hosts, Sequence):
         raise TypeError("hosts must be a list of Redis hosts, even if there is only one")
     if not hosts:
         raise ValueError("hosts must name at least one Redis host; leave it out for redis://localhost:6379")
-    return [parse_host(host) for host in hosts]
+    return hosts
 
 
 def parse_host(host: Host) -> Endpoint:
@@ -161,11 +166,11 @@ def parse_host(host: Host) -> Endpoint:
     Raises ``TypeError`` for an unknown option and ``ValueError`` for a value that cannot be.
     """
     if isinstance(host, str):
-        options = _parse_url(host)
+        options = parse_url_options(host)
     elif isinstance(host, Mapping):
         options = dict(host)
         if "address" in options:
-            options = _parse_url(options.pop("address")) | options
+            options = parse_url_options(options.pop("address")) | options
     elif isinstance(host, Sequence) and len(host) == 2:  # noqa: PLR2004 - host and port
         options = {"host": host[0], "port": host[1]}
     else:
@@ -176,7 +181,8 @@ def parse_host(host: Host) -> Endpoint:
     return _to_endpoint(options)
 
 
-def _parse_url(url: object) -> dict[str, Any]:
+def parse_url_options(url: object) -> dict[str, Any]:
+    """Return the options that the URL of a Redis server says."""
     if not isinstance(url, str):
         raise TypeError("the address of a Redis host must be a URL (str)")
     scheme = url.partition("://")[0]

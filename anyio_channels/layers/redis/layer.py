@@ -32,8 +32,9 @@ from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 
 from .connection import Connection
-from .endpoint import Endpoint, Host
-from .link import Link
+from .endpoint import Host
+from .link import Link, Server
+from .sentinel import Sentinels
 from .topology import Topology
 
 __all__ = ["RedisLayer", "RedisLayerStatistics"]
@@ -137,7 +138,7 @@ class RedisLayer(BaseChannelLayer):
         """Return the blank list of channels and groups."""
 
     @abstractmethod
-    def _make_link(self, endpoint: Endpoint) -> Link:
+    def _make_link(self, endpoint: Server) -> Link:
         """Return the link for commands to a server, not running."""
 
     @abstractmethod
@@ -290,6 +291,9 @@ class RedisLayer(BaseChannelLayer):
                     for link in self._topology.links:
                         tasks.start_soon(link.run)
                         tasks.start_soon(self._tick_for_ever, link)
+                    for endpoint in self._topology.endpoints:
+                        if isinstance(endpoint, Sentinels):
+                            tasks.start_soon(self._follow, endpoint)
         finally:
             self._stopped.set()
 
@@ -309,6 +313,21 @@ class RedisLayer(BaseChannelLayer):
                     await self._tick(link, connection)
                 except redis.exceptions.RedisError as error:
                     logger.debug("%s: keep-alive failed: %s", link.name, error)
+
+    async def _follow(self, sentinels: Sentinels) -> None:
+        """Hear of it when there is another primary, and go there."""
+
+        def switched() -> None:
+            for link in self._links:
+                if link.endpoint is sentinels:
+                    link.reconnect("Sentinel says that there is another primary")
+
+        watch = sentinels.watch(switched, timeout=self.timeout, connect_timeout=self.connect_timeout)
+        self.start_link(watch)
+        while True:
+            await sleep(self.keep_alive)
+            if watch.connection is not None:
+                watch.connection.submit("PING")  # whether it is answered the connection itself sees
 
     async def _do_chores_for_ever(self) -> None:
         while True:

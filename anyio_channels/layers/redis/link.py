@@ -16,16 +16,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import redis.exceptions
-from anyio import Event, create_task_group, fail_after, move_on_after, sleep
+from anyio import Event, create_task_group, fail_after, move_on_after
+from anyio.abc import ByteStream
 from redis.backoff import ExponentialWithJitterBackoff
 
 from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
-from .endpoint import Endpoint
 
-__all__ = ["Link", "Script", "call_soon"]
+__all__ = ["Link", "Script", "Server", "call_soon"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
@@ -53,12 +53,34 @@ class Script:
         return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
+class Server(Protocol):
+    """Where a link leads: one server, or whichever of some has a role."""
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a call may take, if the layer's are not to count."""
+
+    @property
+    def connect_timeout(self) -> float | None:
+        """Seconds that connecting may take, if the layer's are not to count."""
+
+    async def connect(self) -> ByteStream:
+        """Open a stream. Raises ``OSError`` and errors of the ``redis`` package."""
+
+    async def shake_hands(self, connection: Connection) -> float:
+        """Make ``connection`` ready; return the server's time. Raises errors of the ``redis`` package."""
+
+
 class Link:
     """The way to one server, up or down."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: Server,
         *,
         timeout: float,
         connect_timeout: float,
@@ -73,7 +95,7 @@ class Link:
         ``command_timeout``: seconds without an answer after which the connection is given up, if not ``timeout``.
         ``restore`` is awaited with each new connection before it is handed out; the others are called, and must not wait.
         """
-        self.endpoint: Endpoint = endpoint
+        self.endpoint: Server = endpoint
         self.timeout: float = endpoint.timeout or timeout
         self.connect_timeout: float = endpoint.connect_timeout or connect_timeout
         self._command_timeout = self.timeout if command_timeout is None else command_timeout
@@ -92,6 +114,7 @@ class Link:
         self.refused: bool = False
         """Whether the server refused in a way that waiting does not cure."""
         self._news = Event()
+        self._hurry = Event()
         self._past_commands = 0
 
     @property
@@ -123,7 +146,9 @@ class Link:
                 if await self._serve(connection):
                     failures = 0
             failures = min(failures + 1, _MOST_FAILURES)
-            await sleep(_BACKOFF.compute(failures))
+            with move_on_after(_BACKOFF.compute(failures)):
+                await self._hurry.wait()
+            self._hurry = Event()
 
     async def _serve(self, connection: Connection) -> bool:
         """Serve ``connection`` until it ends; return whether it ever came up."""
@@ -150,6 +175,12 @@ class Link:
             finally:
                 tasks.cancel_scope.cancel()
         return came_up
+
+    def reconnect(self, why: str) -> None:
+        """Give the connection up and make a new one at once."""
+        self._hurry.set()
+        if self.connection is not None:
+            self.connection.end(why)
 
     # Calls
 

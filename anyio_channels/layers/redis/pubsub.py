@@ -27,9 +27,9 @@ from anyio_channels.layers.local import Channel, Directory, Group
 from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost
-from .endpoint import Endpoint, Host
+from .endpoint import Host
 from .layer import RedisLayer, RedisLayerStatistics
-from .link import Link
+from .link import Link, Server
 
 __all__ = ["RedisPubSubChannelLayer"]
 
@@ -157,7 +157,7 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _make_directory(self) -> Directory:
         return _PubSubDirectory(self)
 
-    def _make_link(self, endpoint: Endpoint) -> Link:
+    def _make_link(self, endpoint: Server) -> Link:
         link = Link(
             endpoint,
             timeout=self.timeout,

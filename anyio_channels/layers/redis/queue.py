@@ -25,10 +25,10 @@ from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
 from anyio_channels.layers.mailbox import Waiter
 
 from .connection import Connection, ConnectionLost, Request
-from .endpoint import Endpoint, Host
+from .endpoint import Host
 from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
-from .link import Link, Script, call_soon
+from .link import Link, Script, Server, call_soon
 from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
 __all__ = ["RedisChannelLayer"]
@@ -116,7 +116,7 @@ class RedisChannelLayer(QueueIntake):
         self._rooms: dict[str, _Room] = {}
         self._renewed_at: dict[Link, float] = {}
 
-    def _make_link(self, endpoint: Endpoint) -> Link:
+    def _make_link(self, endpoint: Server) -> Link:
         link = Link(
             endpoint,
             timeout=self.timeout,

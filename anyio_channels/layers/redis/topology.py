@@ -12,8 +12,9 @@ from binascii import crc32
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from .endpoint import Endpoint, Host, parse_hosts
+from .endpoint import Endpoint, Host, parse_host, require_hosts
 from .link import Link
+from .sentinel import Sentinels, is_sentinel, parse_sentinel
 
 __all__ = ["Topology"]
 
@@ -25,7 +26,9 @@ class Topology:
 
     def __init__(self, hosts: Sequence[Host] | None) -> None:
         """Take ``hosts`` as a layer does. ``TypeError`` and ``ValueError`` for what cannot be."""
-        self.endpoints: list[Endpoint] = parse_hosts(hosts)
+        self.endpoints: list[Endpoint | Sentinels] = [
+            parse_sentinel(host) if is_sentinel(host) else parse_host(host) for host in require_hosts(hosts)
+        ]
         if len(self.endpoints) > _RING:
             raise ValueError(f"hosts names {len(self.endpoints)} Redis servers; {_RING} is the most")
         self.links: list[Link] = []
@@ -35,7 +38,7 @@ class Topology:
         """How ``repr`` calls the servers."""
         return ", ".join(endpoint.name for endpoint in self.endpoints)
 
-    def open(self, make_link: Callable[[Endpoint], Link]) -> None:
+    def open(self, make_link: Callable[[Endpoint | Sentinels], Link]) -> None:
         """Make the links, not running."""
         self.links = [make_link(endpoint) for endpoint in self.endpoints]
 
