@@ -72,7 +72,7 @@ def move_queue(servers: Sequence[RedisServer], prefix: str) -> Callable[[BaseCha
                     grow_older(client, prefix, step)
             for link in layer._topology.links:
                 assert link.connection is not None
-                layer._rejoin(link, link.connection)
+                layer._rejoin(link)
                 await layer._execute(link, "PING")
 
     return move
@@ -110,3 +110,9 @@ KINDS = (QUEUE, PUBSUB)
 def popper(layer: RedisChannelLayer) -> Popper:
     """Return what waits in Redis for ``layer``, on its first server."""
     return layer._poppers[layer._topology.links[0]]
+
+
+def hears(layer: RedisPubSubChannelLayer, name: str) -> bool:
+    """Whether Redis has confirmed the subscription to the Redis channel ``name``."""
+    subscription = layer.subscriptions.wanted.get(name)
+    return subscription is not None and subscription.confirmed

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 from anyio import create_task_group, fail_after, sleep, to_thread
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, new_prefix, popper
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -148,7 +148,7 @@ async def test_normal_channels_of_pubsub(package: str, redis_server: RedisServer
             got.append(await ours.receive("normal"))
 
         tg.start_soon(read)
-        await until(lambda: "normal" in ours._wanted and ours._wanted["normal"].confirmed)
+        await until(lambda: hears(ours, "normal"))
         await peer.call("send", "normal", MESSAGE)
         await until(lambda: got == [MESSAGE])
 

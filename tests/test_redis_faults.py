@@ -450,7 +450,7 @@ async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
             tg.start_soon(read)
             tg.start_soon(read)
         assert len(refused) == 2
-        assert not layer._wanted
+        assert not layer.subscriptions.wanted
         channel = await layer.new_channel("good")
         with pytest.raises(redis.exceptions.NoPermissionError):
             await layer.group_add("room", channel)
@@ -750,7 +750,7 @@ async def test_receiving_begun_while_away(kind: Kind, server: RedisServer) -> No
                 for call in (lambda: layer.send("a", {}), lambda: layer.group_send("room", {}), layer.flush):
                     with pytest.raises(redis.exceptions.ConnectionError, match="cannot be reached.*was not sent"):
                         await call()
-            await until(lambda: kind is QUEUE or layer._wanted["new"].confirmed)
+            await until(lambda: kind is QUEUE or layer.subscriptions.wanted["new"].confirmed)
             await layer.send("new", {"n": 1})
             await until(lambda: got == [{"n": 1}])
 
@@ -926,13 +926,13 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
         async with layer.subscribe("room"):
             proxy.swallow()
             tg.start_soon(read, "cut")
-            await until(lambda: "cut" in layer._wanted)
+            await until(lambda: "cut" in layer.subscriptions.wanted)
             await anyio.wait_all_tasks_blocked()
             proxy.stop_swallowing()
             proxy.cut_all()
-            await until(lambda: layer._wanted["cut"].confirmed)
+            await until(lambda: layer.subscriptions.wanted["cut"].confirmed)
             server.pause()
-            tg.start_soon(layer._restore, layer._topology.links[0], layer._topology.links[0].connection)
+            tg.start_soon(layer.subscriptions.restore, layer._topology.links[0], layer._topology.links[0].connection)
             tg.start_soon(read, "dropped")
             await until(lambda: "dropped" in layer._here.channels)
             layer._here.forget(layer._here.channels["dropped"])
@@ -1008,7 +1008,7 @@ async def test_a_forbidden_subscription_does_not_keep_the_others_away(
         channel = await layer.new_channel("good")
         async with away(proxy, layer):
             tg.start_soon(layer.receive, "bad")
-            await until(lambda: "bad" in layer._wanted)
+            await until(lambda: "bad" in layer.subscriptions.wanted)
         await layer.send(channel, {"n": 1})
         with fail_after(PATIENCE):
             assert await layer.receive(channel) == {"n": 1}

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -14,7 +15,7 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, new_prefix, popper
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
 import anyio_channels
@@ -425,7 +426,7 @@ async def test_a_normal_channel_of_pubsub_gives_each_process_a_copy(redis_server
 
         for layer in (one, two):
             tg.start_soon(read, layer)
-            await until(lambda layer=layer: "normal" in layer._wanted and layer._wanted["normal"].confirmed)  # type: ignore[misc]
+            await until(partial(hears, layer, "normal"))
         await one.send("normal", {"n": 1})
         await until(lambda: len(got) == 2)
         await one.send("normal", {"n": 2})

@@ -16,7 +16,7 @@ import redis.exceptions
 from anyio import create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, hears, new_prefix
 from redis_server import RedisServer, free_port
 
 from anyio_channels import MessagesLost
@@ -114,7 +114,7 @@ async def test_names_are_spread_and_all_arrive(kind: Kind, pair: list[RedisServe
         for name in names:
             tg.start_soon(read, name)
         if kind is PUBSUB:
-            await until(lambda: all(name in one._wanted and one._wanted[name].confirmed for name in names))
+            await until(lambda: all(hears(one, name) for name in names))
         for name in names:
             await other.send(name, {"to": name})
         await until(lambda: sorted(got) == sorted(names))

@@ -23,9 +23,9 @@ from anyio_channels.layers.codec import RESERVED_KEY, Unreadable
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Waiter
 
-from .connection import Connection, ConnectionLost, Request
+from .connection import ConnectionLost, Request
 from .layer import RedisLayer
-from .link import Link, call_soon
+from .link import Link
 from .pop import PASSING, Popper
 from .scripts import GIVE_BACK, POP
 
@@ -165,11 +165,8 @@ class QueueIntake(RedisLayer):
     def _leave_now(self) -> None:
         leaving, self._to_leave = self._to_leave, []
         for group, channel in leaving:
-            connection = self._link_of_group(group).connection
-            if connection is None:
-                self._to_leave.append((group, channel))
-            else:
-                connection.submit("ZREM", self.group_key(group), channel, done=partial(self._left, group, channel))
+            link = self._link_of_group(group)
+            link.submit("ZREM", self.group_key(group), channel, done=partial(self._left, group, channel))
 
     def _left(self, group: str, channel: str, request: Request) -> None:
         if isinstance(request.error, ConnectionLost):
@@ -188,8 +185,7 @@ class QueueIntake(RedisLayer):
             return
         channel.fetching = True
         popper.fetches += 1
-        call_soon(
-            link.connection,
+        link.call_soon(
             POP,
             [channel.key, self.room_key(channel.key)],
             channel.demand,
@@ -268,7 +264,7 @@ class QueueIntake(RedisLayer):
                 continue
             with self._room:
                 items = channel.withdraw()
-            self._give_back(link.connection, channel.key, [item for item in items if isinstance(item, Popped)])
+            self._give_back(link, channel.key, [item for item in items if isinstance(item, Popped)])
         in_trouble = [popper for popper in self._poppers.values() if popper.trouble is not None]
         if in_trouble:
             await sleep(_TROUBLE_PAUSE)
@@ -276,7 +272,7 @@ class QueueIntake(RedisLayer):
                 popper.try_again()
         self._leave_now()
 
-    def _give_back(self, connection: Connection, key: str, items: list[Popped]) -> None:
+    def _give_back(self, link: Link, key: str, items: list[Popped]) -> None:
         """Put popped messages back to where they were."""
         if not items:
             return
@@ -292,7 +288,7 @@ class QueueIntake(RedisLayer):
             self._room.books.discarded += len(items)
 
         # Whole: were it refused because Redis does not know it, the next pop would overtake it.
-        connection.submit("EVAL", GIVE_BACK.text, 1, key, self.expiry, *arguments, done=done)
+        link.submit("EVAL", GIVE_BACK.text, 1, key, self.expiry, *arguments, done=done)
 
     # Process-specific channels
 
@@ -375,10 +371,10 @@ class QueueIntake(RedisLayer):
         await popper.until_ended()
         while popper.fetches:
             await link.execute("PING")
-        connection = await link.ready()
+        await link.ready()
         late = [one for one in self._late if self._link_of(one[0].name) is link]
         self._late = [one for one in self._late if one not in late]
         for channel, popped in late:
-            self._give_back(connection, channel.key, [popped])
+            self._give_back(link, channel.key, [popped])
         self._leave_now()
-        await popper.forget_keys(connection)
+        await popper.forget_keys(link)

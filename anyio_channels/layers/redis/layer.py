@@ -31,7 +31,6 @@ from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 
-from .connection import Connection
 from .endpoint import Host
 from .link import Link, Server
 from .sentinel import Sentinels
@@ -150,7 +149,7 @@ class RedisLayer(BaseChannelLayer):
         """Do what was noted; with any link up or down."""
 
     @abstractmethod
-    async def _tick(self, link: Link, connection: Connection) -> None:
+    async def _tick(self, link: Link) -> None:
         """Keep the connection alive and memberships fresh; errors of the connection are for the caller."""
 
     @abstractmethod
@@ -307,10 +306,9 @@ class RedisLayer(BaseChannelLayer):
         while True:
             await sleep(self._tick_seconds)
             self._sweep(float("inf"))
-            connection = link.connection
-            if connection is not None:
+            if link.connection is not None:
                 try:
-                    await self._tick(link, connection)
+                    await self._tick(link)
                 except redis.exceptions.RedisError as error:
                     logger.debug("%s: keep-alive failed: %s", link.name, error)
 

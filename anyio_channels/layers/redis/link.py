@@ -25,7 +25,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
 
-__all__ = ["Link", "Script", "Server", "call_soon"]
+__all__ = ["Link", "Script", "Server"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
@@ -227,6 +227,28 @@ class Link:
         except redis.exceptions.NoScriptError:
             return await self.execute("EVAL", script.text, len(keys), *keys, *args)
 
+    def submit(self, *command: Argument, done: Callable[[Request], object] | None = None) -> None:
+        """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
+        if self.connection is None:
+            request = Request(command, 0.0, done)
+            request.error = self._down_error()
+            request.settle()
+        else:
+            self.connection.submit(*command, done=done)
+
+    def call_soon(
+        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object] | None = None
+    ) -> None:
+        """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request."""
+
+        def again(request: Request) -> None:
+            if isinstance(request.error, redis.exceptions.NoScriptError):
+                self.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
+            elif done is not None:
+                done(request)
+
+        self.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
+
     def set_clock(self, server_time: float, asked_at: float) -> None:
         """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
         self.clock_offset = server_time - (asked_at + time.monotonic()) / 2
@@ -277,20 +299,6 @@ class Link:
         lost = kind(f"{self.name} cannot be reached: {_said(error)}", may_have_run=False)
         lost.__cause__ = error
         return lost
-
-
-def call_soon(
-    connection: Connection, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
-) -> None:
-    """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request."""
-
-    def again(request: Request) -> None:
-        if isinstance(request.error, redis.exceptions.NoScriptError):
-            connection.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
-        else:
-            done(request)
-
-    connection.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
 
 
 def _said(error: BaseException | None) -> str:

@@ -129,9 +129,9 @@ class Popper:
             self.wake()
             await ended.wait()
 
-    async def forget_keys(self, connection: Connection) -> None:
+    async def forget_keys(self, link: Link) -> None:
         """Remove what only this process reads, and the wake key."""
-        await connection.execute("UNLINK", self._wake_key, *self.own)
+        await link.execute("UNLINK", self._wake_key, *self.own)
 
     # The pop
 

@@ -26,25 +26,13 @@ from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadabl
 from anyio_channels.layers.local import Channel, Directory, Group
 from anyio_channels.layers.mailbox import Waiter
 
-from .connection import Connection, ConnectionLost
+from .connection import ConnectionLost
 from .endpoint import Host
 from .layer import RedisLayer, RedisLayerStatistics
 from .link import Link, Server
+from .subscriptions import Subscriptions
 
 __all__ = ["RedisPubSubChannelLayer"]
-
-_AT_ONCE = 500
-"""How many Redis channels one command names."""
-
-
-class _Subscription:
-    """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
-
-    __slots__ = ("confirmed", "link")
-
-    def __init__(self, link: Link) -> None:
-        self.link: Link = link
-        self.confirmed: bool = False
 
 
 class _PubSubChannel(Channel):
@@ -57,7 +45,7 @@ class _PubSubChannel(Channel):
     def __init__(self, directory: Directory, name: str, capacity: int, **options: Any) -> None:
         super().__init__(directory, name, capacity, **options)
         self.deserted: bool = False
-        self.directory.layer.want(name)
+        self.directory.layer.subscriptions.want(name)
 
     @property
     def idle(self) -> bool:
@@ -81,11 +69,11 @@ class _PubSubDirectory(Directory):
 
     def forget(self, channel: Channel) -> None:
         super().forget(channel)
-        self.layer.unwant(channel.name)
+        self.layer.subscriptions.unwant(channel.name)
 
     def end_group(self, group: Group) -> None:
         super().end_group(group)
-        self.layer.unwant(self.layer.group_key(group.name))
+        self.layer.subscriptions.unwant(self.layer.group_key(group.name))
 
 
 class RedisPubSubChannelLayer(RedisLayer):
@@ -150,7 +138,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         )
 
     def _reset(self) -> None:
-        self._wanted: dict[str, _Subscription] = {}
+        self.subscriptions: Subscriptions = Subscriptions(self._topology, self._execute, self._log_forbidden)
         self._deserted: set[_PubSubChannel] = set()
         super()._reset()
 
@@ -162,7 +150,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             endpoint,
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
-            restore=lambda connection: self._restore(link, connection),
+            restore=lambda connection: self.subscriptions.restore(link, connection),
             on_up=lambda _: self._up(link),
             on_down=lambda: self._down(link),
             on_push=self._pushed,
@@ -201,20 +189,20 @@ class RedisPubSubChannelLayer(RedisLayer):
         self._sent += 1
 
     def _is_attended(self, source: Channel) -> bool:
-        return self._wanted[source.name].confirmed
+        return self.subscriptions.wanted[source.name].confirmed
 
     async def _listen(self, channel: str) -> Channel:
         # Also if Redis is away: the next connection begins with what is wanted.
         await self._check_in(0)
         source = self._channel(channel)
-        subscription = self._wanted[channel]
+        subscription = self.subscriptions.wanted[channel]
         if not subscription.confirmed and subscription.link.connection is not None:
             await self._confirm_reader(source)
         return source
 
     async def _confirm_reader(self, source: Channel) -> None:
         try:
-            await self._confirm(source.name)
+            await self.subscriptions.confirm(source.name)
         except ConnectionLost:
             return  # the new connection begins with what is wanted
         except redis.exceptions.ResponseError:
@@ -233,7 +221,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         self._require_open()
         channel = self._channel(self._new_name(prefix))
         try:
-            await self._confirm(channel.name)
+            await self.subscriptions.confirm(channel.name)
         except BaseException:
             self._forget(channel)
             raise
@@ -326,7 +314,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         name = self._new_name(prefix)
         self._open_inbox(name, capacity, overflow, on_gap)
         try:
-            await self._confirm(name)
+            await self.subscriptions.confirm(name)
         except BaseException:
             await self.inbox_close(name, ())
             raise
@@ -353,11 +341,11 @@ class RedisPubSubChannelLayer(RedisLayer):
             member = self._here.channels[channel]
             member.expire(now, rung)
             is_new = group not in self._here.groups or channel not in self._here.groups[group].members
-            self.want(self.group_key(group))
+            self.subscriptions.want(self.group_key(group))
             self._here.join(group, member, None if expiry is None else now + expiry)
         self._room.wake(rung)
         try:
-            await self._confirm(self.group_key(group))
+            await self.subscriptions.confirm(self.group_key(group))
         except BaseException:
             if is_new:
                 with self._room:
@@ -366,49 +354,8 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     # Subscriptions
 
-    def want(self, name: str) -> _Subscription:
-        """The Redis channel ``name`` is to be subscribed to. For parts of the layer."""
-        subscription = self._wanted.get(name)
-        if subscription is None:
-            subscription = self._wanted[name] = _Subscription(self._link_of(name))
-        return subscription
-
-    def unwant(self, name: str) -> None:
-        """The Redis channel ``name`` is not needed any more. For parts of the layer."""
-        subscription = self._wanted.pop(name, None)
-        if subscription is not None and subscription.link.connection is not None:
-            subscription.link.connection.submit("UNSUBSCRIBE", name)
-
-    async def _confirm(self, name: str) -> None:
-        """Have Redis confirm a wanted subscription, unless it has."""
-        subscription = self._wanted[name]
-        if not subscription.confirmed:
-            await self._execute(subscription.link, "SUBSCRIBE", name)
-            # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
-            subscription.confirmed = subscription.link.connection is not None
-
-    async def _restore(self, link: Link, connection: Connection) -> None:
-        wanted = {name: subscription for name, subscription in self._wanted.items() if subscription.link is link}
-        names = list(wanted)
-        for start in range(0, len(names), _AT_ONCE):
-            batch = names[start : start + _AT_ONCE]
-            try:
-                await connection.execute("SUBSCRIBE", *batch)
-            except redis.exceptions.ResponseError:
-                # One that is forbidden must not keep the others away.
-                batch = [name for name in batch if await self._restore_one(connection, name)]
-            for name in batch:
-                wanted[name].confirmed = True
-                if name not in self._wanted:
-                    connection.submit("UNSUBSCRIBE", name)  # given up meanwhile
-
-    async def _restore_one(self, connection: Connection, name: str) -> bool:
-        try:
-            await connection.execute("SUBSCRIBE", name)
-        except redis.exceptions.ResponseError as error:
-            self._log_once(f"restore {name}", "%s; its readers wait in vain for %r", error, name)
-            return False
-        return True
+    def _log_forbidden(self, name: str, error: Exception) -> None:
+        self._log_once(f"restore {name}", "%s; its readers wait in vain for %r", error, name)
 
     def _up(self, link: Link) -> None:
         """What is wanted was restored already."""
@@ -417,9 +364,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             self._tell_channels(self.on_reconnect)
 
     def _down(self, link: Link) -> None:
-        for subscription in self._wanted.values():
-            if subscription.link is link:
-                subscription.confirmed = False
+        self.subscriptions.lost(link)
         self._tell_channels(self.on_disconnect)
 
     def _tell_channels(self, message_type: str | None) -> None:
@@ -503,8 +448,8 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _tick_seconds(self) -> float:
         return self.keep_alive
 
-    async def _tick(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - as the queue layer
-        await connection.execute("PING")
+    async def _tick(self, link: Link) -> None:
+        await link.execute("PING")
 
     def _begin_closing(self) -> None:
         """There is nothing to give back."""

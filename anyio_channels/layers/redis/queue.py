@@ -28,7 +28,7 @@ from .connection import Connection, ConnectionLost, Request
 from .endpoint import Host
 from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
-from .link import Link, Script, Server, call_soon
+from .link import Link, Script, Server
 from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
 __all__ = ["RedisChannelLayer"]
@@ -122,7 +122,7 @@ class RedisChannelLayer(QueueIntake):
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
             restore=lambda connection: self._restore(link, connection),
-            on_up=lambda connection: self._up(link, connection),
+            on_up=lambda _: self._up(link),
             on_push=self._pushed,
         )
         self._add_popper(link)
@@ -383,8 +383,7 @@ class RedisChannelLayer(QueueIntake):
             room.users -= 1
             if not room.users:
                 del self._rooms[key]
-                if link.connection is not None:
-                    link.connection.submit("UNSUBSCRIBE", marker)
+                link.submit("UNSUBSCRIBE", marker)
 
     def _pushed(self, push: list[Any]) -> None:
         """Somebody made room."""
@@ -402,19 +401,19 @@ class RedisChannelLayer(QueueIntake):
         if markers:
             await connection.execute("SUBSCRIBE", *markers)
 
-    def _up(self, link: Link, connection: Connection) -> None:
+    def _up(self, link: Link) -> None:
         """A connection for commands is up: say what this process holds."""
         if link.connects > 1:
             self.mark_outage(link)
-        call_soon(connection, TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
+        link.call_soon(TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
         self._leave_now()
-        self._rejoin(link, connection)
+        self._rejoin(link)
         for room in self._rooms.values():
             room.bell.set()
         self._poppers[link].commands_up()
         self.note_chore()
 
-    def _rejoin(self, link: Link, connection: Connection) -> None:
+    def _rejoin(self, link: Link) -> None:
         """Join all groups of open inboxes on that server, again or to renew."""
         self._renewed_at[link] = time.monotonic()
         for group in tuple(self._here.groups.values()):
@@ -422,8 +421,7 @@ class RedisChannelLayer(QueueIntake):
                 continue
             names = [name for name in group.members if name not in group.expiries]
             for start in range(0, len(names), _AT_ONCE):
-                call_soon(
-                    connection,
+                link.call_soon(
                     GROUP_ADD,
                     [self.group_key(group.name)],
                     self.group_expiry,
@@ -444,13 +442,13 @@ class RedisChannelLayer(QueueIntake):
     def _prefix_life(self) -> float:
         return 2 * max(self.group_expiry, self.expiry)
 
-    async def _tick(self, link: Link, connection: Connection) -> None:
+    async def _tick(self, link: Link) -> None:
         before = time.monotonic()
         there, now = await link.call(TICK, [self._prefix_key], self._prefix_life)
         link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
         self._poppers[link].link.clock_offset = link.clock_offset
         if not there or before - self._renewed_at[link] >= self.group_expiry / 3:
-            self._rejoin(link, connection)  # Redis was emptied, or it is time
+            self._rejoin(link)  # Redis was emptied, or it is time
 
     def _begin_closing(self) -> None:
         super()._begin_closing()
