@@ -38,16 +38,16 @@ class Kind:
     layer_class: type[Any]
     features: Features
 
-    def factory(self, *servers: RedisServer, hosts: list[Any] | None = None) -> LayerFactory:
+    def factory(self, *servers: RedisServer, hosts: list[Any] | None = None, **fixed: Any) -> LayerFactory:
         """Make layers on ``servers`` for the kit, each with a prefix of its own and the kit's clock.
 
-        ``hosts``: how the layers find them, if not by their URLs.
+        ``hosts``: how the layers find them, if not by their URLs. ``fixed``: more options.
         """
 
         def make(clock: Clock, **options: Any) -> BaseChannelLayer:
             prefix = new_prefix()
             found = hosts or [server.url for server in servers]
-            layer: BaseChannelLayer = self.layer_class(found, prefix=prefix, clock=clock, **options)
+            layer: BaseChannelLayer = self.layer_class(found, prefix=prefix, clock=clock, **fixed, **options)
             if isinstance(layer, RedisChannelLayer):
                 clock.move = move_queue(servers, prefix)
                 clock.settle = settle_queue
@@ -109,7 +109,9 @@ KINDS = (QUEUE, PUBSUB)
 
 def popper(layer: RedisChannelLayer) -> Popper:
     """Return what waits in Redis for ``layer``, on its first server."""
-    return layer._poppers[layer._topology.links[0]]
+    found = layer._poppers[layer._topology.links[0]]
+    assert isinstance(found, Popper)
+    return found
 
 
 def hears(layer: RedisPubSubChannelLayer, name: str) -> bool:

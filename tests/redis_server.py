@@ -314,6 +314,120 @@ class Sentinels:
         raise RuntimeError("there is no primary")
 
 
+class RedisCluster:
+    """Three primaries with a third of the slots each, and three replicas; needs Redis 7."""
+
+    def __init__(self, directory: Path) -> None:
+        self.nodes = [self._make_node(directory) for _ in range(6)]
+        self._directory = directory
+
+    def _make_node(self, directory: Path) -> RedisServer:
+        config = """--cluster-enabled yes --cluster-node-timeout 600 --cluster-replica-validity-factor 0
+            --cluster-require-full-coverage no --repl-diskless-sync-delay 0 --repl-ping-replica-period 1"""
+        return RedisServer(new_directory(directory, "node"), *config.split())
+
+    def __enter__(self) -> Self:
+        try:
+            for node in self.nodes:
+                node.start()
+            self._join()
+            for number, node in enumerate(self.nodes[:3]):
+                first, last = 16384 * number // 3, 16384 * (number + 1) // 3 - 1
+                self.ask(node, "ADDSLOTSRANGE", first, last)
+            wait_until(lambda: all(len(self.table(node)) == 3 for node in self.nodes))
+            for replica, primary in zip(self.nodes[3:], self.nodes[:3], strict=True):
+                self.ask(replica, "REPLICATE", self.ask(primary, "MYID"))
+            wait_until(self._is_whole)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.nodes:
+            node.kill()
+
+    def _join(self) -> None:
+        for number, node in enumerate(self.nodes):
+            with suppress(redis.ResponseError):  # it has one already
+                self.ask(node, "SET-CONFIG-EPOCH", number + 1)
+            for other in self.nodes:
+                self.ask(node, "MEET", other.host, other.port)
+        wait_until(lambda: all(self._knows_all(node) for node in self.nodes))
+
+    def add_node(self) -> RedisServer:
+        """Start one more primary, without slots, that all others know."""
+        node = self._make_node(self._directory)
+        node.start()
+        self.nodes.append(node)
+        self.ask(node, "SET-CONFIG-EPOCH", len(self.nodes))
+        for other in self.nodes[:-1]:
+            self.ask(node, "MEET", other.host, other.port)
+        wait_until(lambda: all(self._knows_all(node) for node in self.nodes))
+        return node
+
+    def _knows_all(self, node: RedisServer) -> bool:
+        lines = self.ask(node, "NODES").decode().splitlines()
+        return len([line for line in lines if "handshake" not in line]) == len(self.nodes)
+
+    def _is_whole(self) -> bool:
+        for node in self.nodes:
+            table = self.table(node)
+            if len(table) != 3 or any(len(row) != 4 for row in table):
+                return False
+            if b"cluster_state:ok" not in self.ask(node, "INFO"):
+                return False
+        for node in self.nodes[3:]:
+            with node.client() as client:
+                if client.info("replication")["master_link_status"] != "up":
+                    return False
+        return True
+
+    def ask(self, node: RedisServer, *command: Any) -> Any:
+        """Send a CLUSTER command; the answer is as it comes."""
+        with node.client() as client:
+            connection = client.connection_pool.get_connection()
+            try:
+                connection.send_command("CLUSTER", *command)
+                return connection.read_response()
+            finally:
+                client.connection_pool.release(connection)
+
+    def table(self, node: RedisServer) -> Any:
+        """What CLUSTER SLOTS says."""
+        return self.ask(node, "SLOTS")
+
+    @property
+    def hosts(self) -> list[str]:
+        return [self.nodes[0].url, self.nodes[1].url]
+
+    def owner(self, slot: int) -> RedisServer:
+        """The primary that has ``slot``, as the first node that answers says."""
+        for node in self.nodes:
+            with suppress(redis.RedisError):
+                for first, last, (_, port, *_), *_ in self.table(node):
+                    if first <= slot <= last:
+                        return next(one for one in self.nodes if one.port == port)
+        raise RuntimeError(f"nobody owns slot {slot}")
+
+    def migrate(self, slot: int, target: RedisServer, *, while_moving: Callable[[], object] = lambda: None) -> None:
+        """Move ``slot`` as redis-cli does: a key at a time, then its ownership."""
+        source = self.owner(slot)
+        source_id, target_id = self.ask(source, "MYID").decode(), self.ask(target, "MYID").decode()
+        self.ask(target, "SETSLOT", slot, "IMPORTING", source_id)
+        self.ask(source, "SETSLOT", slot, "MIGRATING", target_id)
+        with source.client() as client:
+            while keys := self.ask(source, "GETKEYSINSLOT", slot, 10):
+                client.execute_command("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
+        while_moving()
+        with source.client() as client:
+            while keys := self.ask(source, "GETKEYSINSLOT", slot, 10):
+                client.execute_command("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
+        for node in (target, source, *(one for one in self.nodes if one not in (target, source))):
+            with suppress(redis.RedisError):  # replicas hear of it from their primary
+                self.ask(node, "SETSLOT", slot, "NODE", target_id)
+
+
 def new_directory(parent: Path, name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=name, dir=parent))
 

@@ -26,16 +26,31 @@ ALLOWED = {
     },
     "layers.redis.connection": {"anyio", "hiredis", "layers.backend", "redis"},
     "layers.redis.endpoint": {"anyio", "layers.redis.connection", "redis"},
-    "layers.redis.link": {"anyio", "layers.redis.connection", "layers.redis.endpoint", "redis"},
-    "layers.redis.topology": {"layers.redis.endpoint"},
+    "layers.redis.link": {"anyio", "layers.redis.connection", "redis"},
+    "layers.redis.sentinel": {"anyio", "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "redis"},
+    "layers.redis.topology": {"layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel", "redis"},
+    "layers.redis.cluster": {
+        "anyio", "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel",
+        "layers.redis.topology", "redis",
+    },
+    "layers.redis.subscriptions": {"layers.redis.connection", "layers.redis.link", "layers.redis.topology", "redis"},
     "layers.redis.layer": {
         "anyio", "redis", "layers.backend", "layers.base", "layers.codec", "layers.local", "layers.mailbox",
-        "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "layers.redis.topology",
+        "layers.redis.cluster", "layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel",
+        "layers.redis.topology",
+    },
+    # These two are parts of the layer, which they know by its type only.
+    "layers.redis.pop": {
+        "anyio", "layers.redis.connection", "layers.redis.intake", "layers.redis.link", "layers.redis.scripts", "redis",
+    },
+    "layers.redis.notices": {
+        "anyio", "layers.redis.connection", "layers.redis.intake", "layers.redis.link", "layers.redis.pop",
     },
     "layers.redis.scripts": {"layers.redis.link"},
     "layers.redis.intake": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
-        "layers.redis.layer", "layers.redis.link", "layers.redis.scripts",
+        "layers.redis.layer", "layers.redis.link", "layers.redis.notices", "layers.redis.pop", "layers.redis.scripts",
+        "layers.redis.subscriptions",
     },
     "layers.redis.queue": {
         "anyio", "exceptions", "redis", "layers.base", "layers.codec", "layers.mailbox", "layers.redis.connection",
@@ -43,7 +58,7 @@ ALLOWED = {
     },
     "layers.redis.pubsub": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
-        "layers.redis.endpoint", "layers.redis.layer", "layers.redis.link",
+        "layers.redis.endpoint", "layers.redis.layer", "layers.redis.link", "layers.redis.subscriptions",
     },
     "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
     "testing.checks": {"anyio", "exceptions", "layers.base"},

@@ -108,10 +108,11 @@ def has_layers() -> bool:
 def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
     """Make the layer that ``url`` describes, not yet opened: ``create_channel_layer("memory://?capacity=10")``.
 
-    ``redis://``, ``rediss://`` (TLS), ``unix://`` and ``redis+sentinel://host:port,host:port/master_name`` (``rediss+sentinel``
-    with TLS) are the queue layer on Redis; with ``+pubsub`` (``redis+pubsub://``, ``redis+sentinel+pubsub://``) they are the
-    pub/sub layer. The query gives the layer's options, and for Redis those of the ``redis`` package (``ssl_ca_certs``,
-    ``socket_timeout``, ...); ``options`` gives the layer's too, and those that a URL cannot say.
+    ``redis://``, ``rediss://`` (TLS) and ``unix://`` are the queue layer on Redis, with ``+pubsub`` (``redis+pubsub://``) the
+    pub/sub layer. ``redis+sentinel://host:port,host:port/master_name`` and ``redis+cluster://host:port,host:port``, also with
+    ``rediss`` and ``+pubsub`` behind, are those behind Sentinel and on a Redis Cluster. The query gives the layer's options,
+    and for Redis those of the ``redis`` package (``ssl_ca_certs``, ``socket_timeout``, ...); ``options`` gives the layer's
+    too, and those that a URL cannot say.
 
     Raises ``TypeError`` for an option that the layer does not have or that is given twice, ``ValueError`` for an unknown
     scheme, a value of the wrong form, or a part of the URL that means nothing to the layer, and ``ImportError`` for a layer
@@ -132,7 +133,9 @@ def create_redis_channel_layer(url: str, **options: Any) -> RedisChannelLayer:
     from .redis import RedisChannelLayer  # noqa: PLC0415 - as below
 
     if not isinstance(layer, RedisChannelLayer):
-        raise ValueError("a URL of the queue layer begins with redis://, rediss://, unix:// or redis+sentinel://")  # noqa: TRY004 - a value
+        raise ValueError(  # noqa: TRY004 - a value
+            "a URL of the queue layer begins with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+        )
     return layer
 
 
@@ -164,7 +167,17 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
     rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
-    host = f"{server}://{url.partition('://')[2].partition('?')[0]}" + (f"?{rest}" if rest else "")
+    place = url.partition("://")[2].partition("?")[0]
+    tail = f"?{rest}" if rest else ""
+    if server.endswith("+cluster"):
+        # Each node of the list with what else the URL says.
+        login, at, nodes = place.rpartition("@")
+        names, slash, path = nodes.partition("/")
+        server = server.removesuffix("+cluster")
+        hosts = [f"{server}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
+        options = {**options, "cluster": True}
+    else:
+        hosts = [f"{server}://{place}{tail}"]
     if kind == "pubsub":
         _require_known_options(options, (*_REDIS_OPTIONS, "on_disconnect", "on_reconnect"))
         if "random_prefix_length" in in_query:
@@ -172,10 +185,10 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
                 "option 'random_prefix_length' is one of the queue layer; the pub/sub layer has no such prefix"
             )
         _require_once(in_query, options)
-        return RedisPubSubChannelLayer([host], **in_query, **options)
+        return RedisPubSubChannelLayer(hosts, **in_query, **options)
     _require_known_options(options, (*_REDIS_OPTIONS, "random_prefix_length"))
     _require_once(in_query, options)
-    return RedisChannelLayer([host], **in_query, **options)
+    return RedisChannelLayer(hosts, **in_query, **options)
 
 
 _SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = {
@@ -185,11 +198,15 @@ _SCHEMES: Final[dict[str, Callable[[str, dict[str, Any]], BaseChannelLayer]]] = 
     "unix": _create_redis,
     "redis+sentinel": _create_redis,
     "rediss+sentinel": _create_redis,
+    "redis+cluster": _create_redis,
+    "rediss+cluster": _create_redis,
     "redis+pubsub": _create_redis,
     "rediss+pubsub": _create_redis,
     "unix+pubsub": _create_redis,
     "redis+sentinel+pubsub": _create_redis,
     "rediss+sentinel+pubsub": _create_redis,
+    "redis+cluster+pubsub": _create_redis,
+    "rediss+cluster+pubsub": _create_redis,
 }
 _REDIS_TYPES: Final[dict[str, Callable[[str], Any]]] = {
     "prefix": str,
@@ -205,7 +222,7 @@ _REDIS_TYPES: Final[dict[str, Callable[[str], Any]]] = {
 }
 _REDIS_OPTIONS: Final = (
     "prefix", "expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default",
-    "symmetric_encryption_keys", "serializer_format", "timeout", "connect_timeout", "keep_alive", "clock",
+    "symmetric_encryption_keys", "serializer_format", "timeout", "connect_timeout", "keep_alive", "clock", "cluster",
 )  # fmt: skip
 _COMMON_OPTIONS: Final = ("expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default")
 

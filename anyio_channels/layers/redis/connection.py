@@ -80,7 +80,19 @@ class ConnectionTimeout(ConnectionLost, redis.exceptions.TimeoutError):
 class Request:
     """A command, and what became of it: ``done`` is called once, when ``reply`` or ``error`` is there."""
 
-    __slots__ = ("abandoned", "awaits", "bell", "confirmations", "data", "done", "due", "error", "reply", "written")
+    __slots__ = (
+        "abandoned",
+        "awaits",
+        "bell",
+        "channels",
+        "confirmations",
+        "data",
+        "done",
+        "due",
+        "error",
+        "reply",
+        "written",
+    )
 
     def __init__(self, command: Sequence[Argument], due: float, done: Callable[[Request], object] | None) -> None:
         """``due``: when it must be answered, by ``time.monotonic()``."""
@@ -89,6 +101,7 @@ class Request:
         self.done: Callable[[Request], object] | None = done
         self.awaits: bytes | None = _CONFIRMED.get(command[0])
         self.confirmations: int = len(command) - 1
+        self.channels: Sequence[Argument] = command[1:]
         self.bell: Bell | None = None
         """What the caller of ``execute`` waits for."""
         self.reply: Any = None
@@ -191,6 +204,10 @@ class Connection:
             request.error = self.lost(may_have_run=request.written)
             request.settle()
 
+    def mute(self) -> None:
+        """Deliver no pushes any more."""
+        self._on_push = None
+
     async def wait_ended(self) -> None:
         """Wait until the connection has ended."""
         await self._ended_event.wait()
@@ -285,7 +302,13 @@ class Connection:
 
     def _receive_push(self, push: list[Any]) -> None:
         first = self._in_flight[0] if self._in_flight else None
-        if first is not None and first.awaits is not None and push and push[0] == first.awaits:
+        if (
+            first is not None
+            and first.awaits is not None
+            and push
+            and push[0] == first.awaits
+            and _is_answer(first, push)
+        ):
             first.confirmations -= 1
             if first.confirmations <= 0:
                 self._in_flight.popleft()
@@ -323,3 +346,8 @@ class Connection:
             with move_on_after(self._watch_until - now):
                 await bell.wait()
             self._watch_bell = None
+
+
+def _is_answer(request: Request, push: list[Any]) -> bool:
+    """Whether ``push`` confirms what was asked for: a cluster says ``sunsubscribe`` by itself when a slot has moved."""
+    return push[0] != b"sunsubscribe" or push[1] is None or push[1].decode("utf-8", "replace") in request.channels

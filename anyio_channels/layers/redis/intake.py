@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -26,8 +26,10 @@ from anyio_channels.layers.mailbox import Waiter
 from .connection import ConnectionLost, Request
 from .layer import RedisLayer
 from .link import Link
+from .notices import Notices
 from .pop import PASSING, Popper
-from .scripts import GIVE_BACK, POP
+from .scripts import CLUSTERED, GIVE_BACK, POP
+from .subscriptions import Subscriptions
 
 __all__ = ["Failure", "Popped", "QueueChannel", "QueueIntake"]
 
@@ -113,7 +115,12 @@ class QueueIntake(RedisLayer):
     def _reset(self) -> None:
         super()._reset()
         self._expired_there = 0
-        self._poppers: dict[Link, Popper] = {}
+        self._poppers: dict[Link, Popper | Notices] = {}
+        self._notices = Notices(self)
+        # A blocking pop listens for itself; in a cluster these are the channels of note_key().
+        self.subscriptions: Subscriptions = Subscriptions(
+            self._topology, self._execute, self._log_forbidden, self._listening
+        )
         self._restless: set[QueueChannel] = set()
         self._late: list[tuple[QueueChannel, Popped]] = []
         self._to_leave: list[tuple[str, str]] = []
@@ -122,7 +129,26 @@ class QueueIntake(RedisLayer):
         return _QueueDirectory(self)
 
     def _add_popper(self, link: Link) -> None:
-        self._poppers[link] = Popper(self, link)
+        self._poppers[link] = self._notices if self._topology.clustered else Popper(self, link)
+
+    def _log_forbidden(self, name: str, error: Exception) -> None:
+        self._log_once(f"listen {name}", "%s; readers wait in vain for what is told on %r", error, name)
+
+    def _listening(self, name: str) -> None:
+        """Redis confirmed that this process listens to a note: what was sent before is fetched."""
+        self._notices.heard(name[len(self.prefix) + len(":sent:{") : -1])
+
+    def note_key(self, key: str) -> str:
+        """Return the Redis channel that says that something was sent to ``key``, in a cluster; in the same slot as that."""
+        return f"{self.prefix}:sent:{{{key}}}"
+
+    def pop_soon(self, key: str, count: int, done: Callable[[Request], object]) -> None:
+        """Pop so many messages, and tell senders who wait for room. For parts of the layer."""
+        link = self._topology.owner(key[len(self.prefix) :], key)
+        if self._topology.clustered:
+            link.call_soon(CLUSTERED[POP], [key], count, self.expiry, self.room_key(key), done=done)
+        else:
+            link.call_soon(POP, [key, self.room_key(key)], count, self.expiry, done=done)
 
     @property
     def least_capacity(self) -> int:
@@ -151,10 +177,11 @@ class QueueIntake(RedisLayer):
     def _link_of_group(self, group: str) -> Link:
         return self._topology.owner(group, self.group_key(group))
 
-    def _is_on(self, channel: Channel, link: Link) -> bool:
-        return self._link_of(channel.name) is link or any(
-            self._link_of_group(group.name) is link for group in channel.groups or ()
-        )
+    def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
+        name = self.non_local_name(channel.name)
+        yield name, self.prefix + name
+        for group in channel.groups or ():
+            yield group.name, self.group_key(group.name)
 
     def leave_soon(self, memberships: list[tuple[str, str]]) -> None:
         """End memberships, each of ``(group, channel)``, as soon as Redis is there. For parts of the layer."""
@@ -185,21 +212,17 @@ class QueueIntake(RedisLayer):
             return
         channel.fetching = True
         popper.fetches += 1
-        link.call_soon(
-            POP,
-            [channel.key, self.room_key(channel.key)],
-            channel.demand,
-            self.expiry,
-            done=partial(self._fetched, channel, popper),
-        )
+        self.pop_soon(channel.key, channel.demand, done=partial(self._fetched, channel, popper))
 
-    def _fetched(self, channel: QueueChannel, popper: Popper, request: Request) -> None:
+    def _fetched(self, channel: QueueChannel, popper: Popper | Notices, request: Request) -> None:
         channel.fetching = False
         popper.fetches -= 1
         if request.error is None:
             self._popped(channel, request.reply)
         elif not isinstance(request.error, PASSING):
             self._fail_readers(channel, request.error)
+        elif not isinstance(request.error, ConnectionLost):
+            popper.refused(request.error)
         if channel.demand:
             popper.block(channel)
         else:
@@ -255,10 +278,7 @@ class QueueIntake(RedisLayer):
                 self.fetch(channel)
                 continue
             link = self._link_of(channel.name)
-            if channel.blocked:
-                self._poppers[
-                    link
-                ].wake()  # it is unblocked when the pop has ended, which may have taken a message already
+            self._poppers[link].release(channel)
             if link.connection is None:
                 self._restless.add(channel)  # until Redis is back; a reader here may have it meanwhile
                 continue

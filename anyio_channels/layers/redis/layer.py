@@ -15,7 +15,7 @@ import logging
 import re
 import secrets
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -31,6 +31,7 @@ from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 
+from .cluster import Cluster
 from .endpoint import Host
 from .link import Link, Server
 from .sentinel import Sentinels
@@ -85,6 +86,7 @@ class RedisLayer(BaseChannelLayer):
         connect_timeout: float,
         keep_alive: float,
         clock: Callable[[], float],
+        cluster: bool,
     ) -> None:
         """Check and keep the options; the layers document them."""
         super().__init__(expiry, capacity, channel_capacity, max_message_size=max_message_size, default=default)
@@ -106,7 +108,10 @@ class RedisLayer(BaseChannelLayer):
             expiry=token_expiry,
         )
         self._decode = self._codec.decode_copy
-        self._topology = Topology(hosts)
+        if not isinstance(cluster, bool):
+            raise TypeError(f"cluster must be True or False, not {cluster!r}")
+        self._topology = Cluster(hosts) if cluster else Topology(hosts)
+        self.cluster: bool = cluster
         self._clock = clock
         self._is_open = False
         self._was_closed = False
@@ -141,8 +146,16 @@ class RedisLayer(BaseChannelLayer):
         """Return the link for commands to a server, not running."""
 
     @abstractmethod
-    def _is_on(self, channel: Channel, link: Link) -> bool:
-        """Whether ``channel`` may miss something when that server is away."""
+    def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
+        """Where what ``channel`` receives comes from: names and their keys, as ``Topology.owner`` takes them."""
+
+    @abstractmethod
+    def _servers_changed(self, moved: set[int], lost: set[int]) -> None:
+        """Slots of a cluster have other owners; ``lost``: whose owner was gone."""
+
+    @abstractmethod
+    async def _execute(self, link: Link, *command: Any) -> Any:
+        """Send a command; while the layer is being closed, errors say so."""
 
     @abstractmethod
     async def _do_chores(self) -> None:
@@ -176,7 +189,7 @@ class RedisLayer(BaseChannelLayer):
         self._reset()
         self._token = current_token().native_token
         self._thread = get_ident()
-        self._topology.open(self._make_link)
+        await self._topology.open(self._make_link, self._serve, self._servers_changed, self)
         self._links += self._topology.links
         self._is_open = True
         self._was_closed = False
@@ -287,6 +300,7 @@ class RedisLayer(BaseChannelLayer):
                 async with create_task_group() as tasks:
                     self._runs = tasks
                     tasks.start_soon(self._do_chores_for_ever)
+                    tasks.start_soon(self._topology.run)
                     for link in self._topology.links:
                         tasks.start_soon(link.run)
                         tasks.start_soon(self._tick_for_ever, link)
@@ -296,6 +310,11 @@ class RedisLayer(BaseChannelLayer):
         finally:
             self._stopped.set()
 
+    def _serve(self, link: Link) -> None:
+        """Use a server that was not there when the layer was opened."""
+        self.start_link(link)
+        self._runs.start_soon(self._tick_for_ever, link)
+
     def start_link(self, link: Link) -> None:
         """Have ``link`` run as long as the layer, unless it does. For parts of the layer."""
         if link not in self._links:
@@ -303,7 +322,7 @@ class RedisLayer(BaseChannelLayer):
             self._runs.start_soon(link.run)
 
     async def _tick_for_ever(self, link: Link) -> None:
-        while True:
+        while not link.retired:
             await sleep(self._tick_seconds)
             self._sweep(float("inf"))
             if link.connection is not None:
@@ -315,17 +334,16 @@ class RedisLayer(BaseChannelLayer):
     async def _follow(self, sentinels: Sentinels) -> None:
         """Hear of it when there is another primary, and go there."""
 
-        def switched() -> None:
+        def switched(name: str) -> None:
             for link in self._links:
-                if link.endpoint is sentinels:
+                if link.endpoint is sentinels and (link.connection is None or link.connection.server != name):
                     link.reconnect("Sentinel says that there is another primary")
 
         watch = sentinels.watch(switched, timeout=self.timeout, connect_timeout=self.connect_timeout)
         self.start_link(watch)
         while True:
             await sleep(self.keep_alive)
-            if watch.connection is not None:
-                watch.connection.submit("PING")  # whether it is answered the connection itself sees
+            watch.submit("PING")  # whether it is answered the connection itself sees
 
     async def _do_chores_for_ever(self) -> None:
         while True:
@@ -453,11 +471,15 @@ class RedisLayer(BaseChannelLayer):
         self._log_once(f"full {name}", "channel %r was full and missed a message", name)
 
     def mark_outage(self, link: Link) -> None:
-        """Every inbox that wants to know is told that it may have missed something. For parts of the layer."""
+        """What the server of ``link`` owns may have missed something. For parts of the layer."""
+        self._mark_gaps(lambda name, key: self._topology.owner(name, key) is link)
+
+    def _mark_gaps(self, is_touched: Callable[[str, str], bool]) -> None:
+        """Every inbox that wants to know is told that it may have missed something, if it lives there."""
         rung: list[Waiter] = []
         with self._room:
             for channel in self._here.channels.values():
-                if channel.track_gaps and self._is_on(channel, link):
+                if channel.track_gaps and any(is_touched(*place) for place in self._places(channel)):
                     channel.mark_outage(rung)
         self._room.wake(rung)
 

@@ -14,18 +14,19 @@ import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha1
 from typing import Any, Final, Protocol
 
 import redis.exceptions
-from anyio import Event, create_task_group, fail_after, move_on_after
+from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
 from anyio.abc import ByteStream
 from redis.backoff import ExponentialWithJitterBackoff
 
 from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
 
-__all__ = ["Link", "Script", "Server"]
+__all__ = ["Link", "LinkRetired", "Script", "Server"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
@@ -51,6 +52,10 @@ class Script:
     def of(cls, text: str) -> Script:
         """Return the script for ``text``."""
         return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class LinkRetired(ConnectionLost):
+    """The link is not used any more: another one is to be asked for."""
 
 
 class Server(Protocol):
@@ -113,6 +118,11 @@ class Link:
         """What to add to ``time.monotonic()`` to have the server's time, in seconds."""
         self.refused: bool = False
         """Whether the server refused in a way that waiting does not cure."""
+        self.on_trouble: Callable[[], object] | None = None
+        """Called when the server cannot be reached or is lost; must not wait."""
+        self.retired: bool = False
+        """Whether the server is not used any more."""
+        self._scope = CancelScope()
         self._news = Event()
         self._hurry = Event()
         self._past_commands = 0
@@ -133,7 +143,21 @@ class Link:
         return self._past_commands + (0 if self.connection is None else self.connection.commands)
 
     async def run(self) -> None:
-        """Keep the connection up until cancelled."""
+        """Keep the connection up until cancelled or retired."""
+        with self._scope:
+            await self._run()
+
+    async def retire(self) -> None:
+        """End the connection when all that is in flight is answered; calls that wait for it get ``LinkRetired``."""
+        self.retired = True
+        self._tell()
+        if self.connection is not None:
+            self.connection.mute()
+            with suppress(redis.exceptions.RedisError):
+                await self.connection.execute("PING")
+        self._scope.cancel()
+
+    async def _run(self) -> None:
         failures = 0
         while True:
             try:
@@ -187,6 +211,8 @@ class Link:
     async def ready(self) -> Connection:
         """Wait for the connection to be up, for as long as the caller allows."""
         while self.connection is None:
+            if self.retired:
+                raise LinkRetired(f"{self.name} is not used any more", may_have_run=False)
             await self._news.wait()
         return self.connection
 
@@ -271,6 +297,8 @@ class Link:
         _logger.warning("%s; trying again", self.error.args[0].rpartition(";")[0])
         if self._on_down is not None:
             self._on_down()
+        if self.on_trouble is not None:
+            self.on_trouble()
 
     def _fail(self, error: Exception) -> None:
         """It did not come up."""
@@ -284,6 +312,8 @@ class Link:
         )
         if self.refused:
             self._tell()
+        if self.on_trouble is not None:
+            self.on_trouble()
 
     def _tell(self) -> None:
         self._news.set()

@@ -77,6 +77,18 @@ class Popper:
             self._layer.mark_outage(self._commands)  # the last pop may have taken something that did not come
         self.pop()
 
+    def set_clock(self, link: Link) -> None:
+        """The time at the server of ``link``, ours, is known anew."""
+        self.link.clock_offset = link.clock_offset
+
+    def release(self, channel: QueueChannel) -> None:
+        """Nobody waits at ``channel`` any more: it is unblocked when the pop has ended, which may have taken something."""
+        if channel.blocked:
+            self.wake()
+
+    def refused(self, error: Exception) -> None:
+        """A pop of one key was refused for a while; this one will wait for it."""
+
     def commands_up(self) -> None:
         """The connection for commands is up."""
         self.waking = False

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis.exceptions
 from anyio import ClosedResourceError
+from redis.crc import key_slot
 
 from anyio_channels.layers.base import Message, OnGap, Overflow
 from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadable
@@ -104,6 +105,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         connect_timeout: float = 5.0,
         keep_alive: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
+        cluster: bool = False,
     ) -> None:
         """Take the options of ``RedisChannelLayer``, but for ``random_prefix_length``, and two more.
 
@@ -116,6 +118,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         for option, value in (("on_disconnect", on_disconnect), ("on_reconnect", on_reconnect)):
             if not isinstance(value, str | None):
                 raise TypeError(f"{option} must be the type of a message (str), not {value!r}")
+        self._publish = "SPUBLISH" if cluster else "PUBLISH"
         self.on_disconnect: str | None = on_disconnect
         self.on_reconnect: str | None = on_reconnect
         super().__init__(
@@ -135,6 +138,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             connect_timeout=connect_timeout,
             keep_alive=keep_alive,
             clock=clock,
+            cluster=cluster,
         )
 
     def _reset(self) -> None:
@@ -146,7 +150,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         return _PubSubDirectory(self)
 
     def _make_link(self, endpoint: Server) -> Link:
-        link = Link(
+        link = self._topology.link_class(
             endpoint,
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
@@ -161,10 +165,14 @@ class RedisPubSubChannelLayer(RedisLayer):
         """Return the link to the server that owns the Redis channel ``name``; by the whole of it, as for channels_redis."""
         return self._topology.owner(name, name)
 
-    def _is_on(self, channel: Channel, link: Link) -> bool:
-        return self._link_of(channel.name) is link or any(
-            self._link_of(self.group_key(group.name)) is link for group in channel.groups or ()
-        )
+    def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
+        for name in (channel.name, *(self.group_key(group.name) for group in channel.groups or ())):
+            yield name, name
+
+    def _servers_changed(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - either way something may be missed
+        if moved:
+            self._mark_gaps(lambda _, key: key_slot(key.encode()) in moved)
+        self.subscriptions.move()
 
     def group_key(self, group: str) -> str:
         """Return the Redis channel of ``group``."""
@@ -185,7 +193,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         body = self._codec.encode(message)
         await self._check_in()
         self._require_open()
-        await self._execute(self._link_of(channel), "PUBLISH", channel, self._codec.seal(body))
+        await self._execute(self._link_of(channel), self._publish, channel, self._codec.seal(body))
         self._sent += 1
 
     def _is_attended(self, source: Channel) -> bool:
@@ -286,7 +294,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
         key = self.group_key(group)
-        await self._execute(self._link_of(key), "PUBLISH", key, self._codec.seal(body))
+        await self._execute(self._link_of(key), self._publish, key, self._codec.seal(body))
         self._sent += 1
 
     async def group_channels(self, group: str) -> set[str]:
@@ -380,7 +388,9 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     def _pushed(self, push: list[Any]) -> None:
         """A message came."""
-        if push[:1] != [b"message"]:
+        if push[:1] == [b"sunsubscribe"]:
+            self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
+        if push[:1] not in ([b"message"], [b"smessage"]):
             return
         name = push[1].decode("utf-8", "replace")
         start = f"{self.prefix}__group__"

@@ -17,7 +17,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 import redis.exceptions
-from anyio import ClosedResourceError, Event, Lock, move_on_after
+from anyio import ClosedResourceError, Event, Lock, create_task_group, move_on_after
+from redis.crc import key_slot
 
 from anyio_channels.exceptions import ChannelFull
 from anyio_channels.layers.base import BaseChannelLayer, Message, OnGap, Overflow, require_count
@@ -29,7 +30,7 @@ from .endpoint import Host
 from .intake import QueueIntake
 from .layer import RedisLayerStatistics, logger
 from .link import Link, Script, Server
-from .scripts import GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
+from .scripts import CLUSTERED, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
 __all__ = ["RedisChannelLayer"]
 
@@ -37,7 +38,8 @@ _AT_ONCE: Final = 500
 """How many keys or members one command names, where it may be more."""
 _RECHECK: Final = 1.0
 """Seconds after which a sender looks for room that nobody announced: channels_redis does not."""
-_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|prefix$)")
+_TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
+_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|sent:|prefix(?:$|:\{))")
 
 
 class _Room:
@@ -77,6 +79,7 @@ class RedisChannelLayer(QueueIntake):
         connect_timeout: float = 5.0,
         keep_alive: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
+        cluster: bool = False,
     ) -> None:
         """Take the options of ``BaseChannelLayer``, those of channels_redis, and some more.
 
@@ -91,7 +94,17 @@ class RedisChannelLayer(QueueIntake):
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
         """
         require_count("random_prefix_length", random_prefix_length)
-        self._keys_expire = expiry
+        if (
+            cluster
+            and isinstance(prefix, str)
+            and prefix.count("{") + prefix.count("}")
+            and not _TAGGED.fullmatch(prefix)
+        ):
+            raise ValueError(
+                f"prefix in a Redis Cluster has no braces, or one whole tag as in '{{app}}', not {prefix!r}"
+            )
+        self._subscribe = "SSUBSCRIBE" if cluster else "SUBSCRIBE"
+        self._unsubscribe = "SUNSUBSCRIBE" if cluster else "UNSUBSCRIBE"
         super().__init__(
             hosts,
             prefix,
@@ -109,6 +122,7 @@ class RedisChannelLayer(QueueIntake):
             connect_timeout=connect_timeout,
             keep_alive=keep_alive,
             clock=clock,
+            cluster=cluster,
         )
 
     def _reset(self) -> None:
@@ -117,11 +131,12 @@ class RedisChannelLayer(QueueIntake):
         self._renewed_at: dict[Link, float] = {}
 
     def _make_link(self, endpoint: Server) -> Link:
-        link = Link(
+        link = self._topology.link_class(
             endpoint,
             timeout=self.timeout,
             connect_timeout=self.connect_timeout,
             restore=lambda connection: self._restore(link, connection),
+            on_down=lambda: self.subscriptions.lost(link),
             on_up=lambda _: self._up(link),
             on_push=self._pushed,
         )
@@ -151,12 +166,19 @@ class RedisChannelLayer(QueueIntake):
         link = self._link_of(channel)
         if wait:
             await self._send_when_room(link, key, entry, capacity)
-        else:
-            reply: int = await self._call(link, SEND, [key], entry, capacity, self.expiry)
-            self._expired_there += reply if reply >= 0 else -1 - reply
-            if reply < 0:
-                raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
+        elif not await self._send_now(link, key, entry, capacity):
+            raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
+
+    async def _send_now(self, link: Link, key: str, entry: bytes, capacity: int) -> bool:
+        """Send, or return ``False``: the channel is full."""
+        reply: int
+        if self._topology.clustered:
+            reply = await self._call(link, CLUSTERED[SEND], [key], entry, capacity, self.expiry, self.note_key(key))
+        else:
+            reply = await self._call(link, SEND, [key], entry, capacity, self.expiry)
+        self._expired_there += reply if reply >= 0 else -1 - reply
+        return reply >= 0
 
     async def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
@@ -188,9 +210,9 @@ class RedisChannelLayer(QueueIntake):
             found.update(keys)
             if int(cursor) == 0:
                 break
-        doomed = _keys_of(self.prefix.encode(), found)
-        for start in range(0, len(doomed), _AT_ONCE):
-            await self._execute(link, "UNLINK", *doomed[start : start + _AT_ONCE])
+        for key in _keys_of(self.prefix.encode(), found):
+            link.submit("UNLINK", key.decode("utf-8", "surrogateescape"))
+        await self._execute(link, "PING")
         with move_on_after(self.timeout):
             await self._poppers[link].until_ended()  # what was popped before may be on its way
 
@@ -258,12 +280,39 @@ class RedisChannelLayer(QueueIntake):
                 self.get_capacity(names[0]),
                 self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
             )
+        if self._topology.clustered:
+            await self._send_to_slots(link, group, batch, arguments)
+            return
         keys = [self.channel_key(names[0]) for names in batch]
         expired, *full = await self._call(link, GROUP_SEND, keys, self.expiry, *arguments)
         self._expired_there += expired
         self._sent += sum(map(len, batch))
-        if full:
-            missed = sum(len(batch[number - 1]) for number in full)
+        self._miss(group, sum(len(batch[number - 1]) for number in full))
+
+    async def _send_to_slots(self, link: Link, group: str, batch: list[list[str]], arguments: list[Any]) -> None:
+        """Send to the members on one node of a cluster: a call for each key, all at the same time."""
+        missed = 0
+        errors: list[redis.exceptions.RedisError] = []
+
+        async def send(names: list[str], capacity: int, entry: bytes) -> None:
+            nonlocal missed
+            try:
+                if not await self._send_now(link, self.channel_key(names[0]), entry, capacity):
+                    missed += len(names)
+            except redis.exceptions.RedisError as error:
+                errors.append(error)
+            else:
+                self._sent += len(names)
+
+        async with create_task_group() as tasks:
+            for names, capacity, entry in zip(batch, arguments[::2], arguments[1::2], strict=True):
+                tasks.start_soon(send, names, capacity, entry)
+        self._miss(group, missed)
+        if errors:
+            raise errors[0]
+
+    def _miss(self, group: str, missed: int) -> None:
+        if missed:
             self._missed += missed
             self._log_once(
                 f"group {group}", "group %r: %d of its members were full and missed a message", group, missed
@@ -369,13 +418,20 @@ class RedisChannelLayer(QueueIntake):
                 while True:
                     self._require_open()
                     room.bell = Event()
-                    expired, wait = await self._call(link, SEND_WAITING, [key, marker], entry, capacity, self.expiry)
+                    link = self._topology.owner(key[len(self.prefix) :], key)
+                    if self._topology.clustered:
+                        call = self._call(
+                            link, CLUSTERED[SEND_WAITING], [key], entry, capacity, self.expiry, self.note_key(key)
+                        )
+                    else:
+                        call = self._call(link, SEND_WAITING, [key, marker], entry, capacity, self.expiry)
+                    expired, wait = await call
                     self._expired_there += expired
                     if wait < 0:
                         return
                     if listening_to is not link.connection:
                         listening_to = link.connection
-                        await self._execute(link, "SUBSCRIBE", marker)
+                        await self._execute(link, self._subscribe, marker)
                         continue  # room may have been made meanwhile
                     with move_on_after(min(wait / 1000, _RECHECK)):
                         await room.bell.wait()
@@ -383,13 +439,18 @@ class RedisChannelLayer(QueueIntake):
             room.users -= 1
             if not room.users:
                 del self._rooms[key]
-                link.submit("UNSUBSCRIBE", marker)
+                link.submit(self._unsubscribe, marker)
 
     def _pushed(self, push: list[Any]) -> None:
-        """Somebody made room."""
-        if push[:1] == [b"message"]:
-            start = f"{self.prefix}:room:{{".encode()
-            room = self._rooms.get(push[1][len(start) : -1].decode("utf-8", "replace"))
+        """Somebody made room, or in a cluster, sent something."""
+        if push[:1] == [b"sunsubscribe"]:
+            self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
+        elif push[:1] in ([b"message"], [b"smessage"]):
+            name = push[1].decode("utf-8", "replace")
+            if name.startswith(f"{self.prefix}:sent:{{"):
+                self._listening(name)
+                return
+            room = self._rooms.get(name[len(self.prefix) + len(":room:{") : -1])
             if room is not None:
                 room.bell.set()
 
@@ -398,19 +459,21 @@ class RedisChannelLayer(QueueIntake):
     async def _restore(self, link: Link, connection: Connection) -> None:
         """Whoever waits for room hears of it again."""
         markers = [self.room_key(key) for key, room in self._rooms.items() if room.link is link]
-        if markers:
-            await connection.execute("SUBSCRIBE", *markers)
+        for marker in markers:
+            connection.submit(self._subscribe, marker)  # whoever finds it too late looks again every second
+        await self.subscriptions.restore(link, connection)
 
     def _up(self, link: Link) -> None:
         """A connection for commands is up: say what this process holds."""
         if link.connects > 1:
             self.mark_outage(link)
-        link.call_soon(TICK, [self._prefix_key], self._prefix_life, done=_log_refusal)
+        link.call_soon(TICK, [self._topology.key_at(link, self._prefix_key)], self._prefix_life, done=_log_refusal)
         self._leave_now()
         self._rejoin(link)
         for room in self._rooms.values():
             room.bell.set()
         self._poppers[link].commands_up()
+        self.subscriptions.restored(link)
         self.note_chore()
 
     def _rejoin(self, link: Link) -> None:
@@ -429,6 +492,11 @@ class RedisChannelLayer(QueueIntake):
                     done=_log_refusal,
                 )
 
+    def _servers_changed(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - what moves takes its messages along
+        if lost:
+            self._mark_gaps(lambda _, key: key_slot(key.encode()) in lost)
+        self.subscriptions.move()
+
     @property
     def _tick_seconds(self) -> float:
         return min(self.keep_alive, self.group_expiry / 3)
@@ -444,9 +512,9 @@ class RedisChannelLayer(QueueIntake):
 
     async def _tick(self, link: Link) -> None:
         before = time.monotonic()
-        there, now = await link.call(TICK, [self._prefix_key], self._prefix_life)
+        there, now = await link.call(TICK, [self._topology.key_at(link, self._prefix_key)], self._prefix_life)
         link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
-        self._poppers[link].link.clock_offset = link.clock_offset
+        self._poppers[link].set_clock(link)
         if not there or before - self._renewed_at[link] >= self.group_expiry / 3:
             self._rejoin(link)  # Redis was emptied, or it is time
 

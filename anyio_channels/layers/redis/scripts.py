@@ -14,7 +14,7 @@ from typing import Final
 
 from .link import Script
 
-__all__ = ["GIVE_BACK", "GROUP_ADD", "GROUP_MEMBERS", "GROUP_SEND", "POP", "SEND", "SEND_WAITING", "TICK"]
+__all__ = ["CLUSTERED", "GIVE_BACK", "GROUP_ADD", "GROUP_MEMBERS", "GROUP_SEND", "POP", "SEND", "SEND_WAITING", "TICK"]
 
 _NOW: Final = """
 local time = redis.call('TIME')
@@ -84,6 +84,52 @@ if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') e
 return {expired, string.format('%.6f', now), popped}
 """
 )
+
+CLUSTERED: Final = {
+    # What a cluster runs in their place: one key, for two would not be found together while their slot moves. Instead of the
+    # marker in the key, and of a blocking pop, who waits is told by sharded pub/sub; its channel is in the slot of the key,
+    # and the last of ARGV.
+    SEND: Script.of(
+        # KEYS: channel. ARGV: entry, capacity, expiry (seconds), where readers listen. Returns what SEND does.
+        _NOW
+        + _EXPIRE
+        + _ADD
+        + """
+local expired = expire(KEYS[1], ARGV[3])
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return -1 - expired end
+add(KEYS[1], ARGV[1], ARGV[3])
+redis.pcall('SPUBLISH', ARGV[4], '')
+return expired
+"""
+    ),
+    SEND_WAITING: Script.of(
+        # KEYS: channel. ARGV: entry, capacity, expiry (seconds), where readers listen. Returns what SEND_WAITING does.
+        _NOW
+        + _EXPIRE
+        + _ADD
+        + """
+local expired = expire(KEYS[1], ARGV[3])
+if redis.call('ZCARD', KEYS[1]) < tonumber(ARGV[2]) then
+  add(KEYS[1], ARGV[1], ARGV[3])
+  redis.pcall('SPUBLISH', ARGV[4], '')
+  return {expired, -1}
+end
+local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
+return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
+"""
+    ),
+    POP: Script.of(
+        # KEYS: channel. ARGV: how many, expiry (seconds), where senders listen for room. Returns what POP does.
+        _NOW
+        + _EXPIRE
+        + """
+local expired = expire(KEYS[1], ARGV[2])
+local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
+if expired > 0 or #popped > 0 then redis.pcall('SPUBLISH', ARGV[3], '') end
+return {expired, string.format('%.6f', now), popped}
+"""
+    ),
+}
 
 GIVE_BACK: Final = Script.of(
     # KEYS: channel. ARGV: expiry (seconds), then score, entry, score, entry, ...

@@ -50,18 +50,23 @@ class Sentinels:
     @property
     def name(self) -> str:
         """How errors call the primary: by its name, and its address as last heard."""
+        return self.name_at(None if self._found is None else (self._found.host, self._found.port))
+
+    def name_at(self, address: tuple[str, int] | None) -> str:
+        """How errors call the primary when it is at ``address``."""
         where = ", ".join(f"{one.host}:{one.port}" for one in self.sentinels)
-        found = "" if self._found is None else f" at {self._found.host}:{self._found.port}"
+        found = "" if address is None else f" at {address[0]}:{address[1]}"
         return f"Redis {self.master_name!r}{found} (Sentinel at {where})"
 
     async def connect(self) -> ByteStream:
         """Ask for the primary and open a stream to it."""
         host, port = await self._ask()
-        self._found = found = replace(self.primary, host=host, port=port)
+        found = replace(self.primary, host=host, port=port)
         stream: ByteStream | None = None
         try:
             stream = await found.connect()
         finally:
+            self._found = found  # at last, for another link may connect at the same time
             if stream is None:
                 self._doubted = (host, port)
         return stream
@@ -101,29 +106,28 @@ class Sentinels:
 
     # Following
 
-    def watch(self, switched: Callable[[], object], *, timeout: float, connect_timeout: float) -> Link:
-        """Return the link that calls ``switched`` when there is another primary, not running."""
+    def watch(self, switched: Callable[[str], object], *, timeout: float, connect_timeout: float) -> Link:
+        """Return the link that calls ``switched`` with ``name_at`` of the primary when that may be new, not running."""
 
         def hear(push: list[Any]) -> None:
-            if push[:2] == [b"message", b"+switch-master"] and push[2].split()[0] == self.master_name.encode():
-                switched()
+            said = push[-1].split() if push[:2] == [b"message", b"+switch-master"] else []
+            if said[:1] == [self.master_name.encode()]:
+                switched(self.name_at((said[3].decode(), int(said[4]))))
 
         async def listen(connection: Connection) -> None:
             await connection.execute("SUBSCRIBE", "+switch-master")
+            # It may have been said while nobody listened.
+            address = await _ask_for_primary(connection, self.master_name)
+            switched(self.name_at(address))
 
-        def up(_: Connection) -> None:
-            if link.connects > 1:
-                switched()  # it may have been said while nobody listened
-
-        link = Link(
+        return Link(
             _AnySentinel(self),
             timeout=timeout,
             connect_timeout=connect_timeout,
             restore=listen,
-            on_up=up,
+            on_up=lambda _: None,
             on_push=hear,
         )
-        return link
 
     def next_sentinel(self) -> Endpoint:
         """Return one after the other, over and over."""
@@ -155,24 +159,29 @@ class _AnySentinel:
 
 
 async def _address_of_primary(sentinel: Endpoint, master_name: str) -> tuple[str, int]:
-    reply: Any = None
+    address: tuple[str, int] | None = None
     trouble: redis.exceptions.RedisError | None = None
-    with move_on_after(_ASK_SECONDS) as scope:
+    with move_on_after(_ASK_SECONDS):
         stream = await sentinel.connect()
         connection = Connection(stream, f"Sentinel at {sentinel.host}:{sentinel.port}", timeout=_ASK_SECONDS)
         async with create_task_group() as tasks:
             tasks.start_soon(connection.run)
             try:
                 await connection.execute(*await sentinel.greeting())
-                reply = await connection.execute("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master_name)
+                address = await _ask_for_primary(connection, master_name)
             except redis.exceptions.RedisError as error:
                 trouble = error
             finally:
                 tasks.cancel_scope.cancel()
-    if scope.cancelled_caught:
-        raise TimeoutError("it did not answer in time")
     if trouble is not None:
         raise trouble
+    if address is None:
+        raise TimeoutError("it did not answer in time")
+    return address
+
+
+async def _ask_for_primary(connection: Connection, master_name: str) -> tuple[str, int]:
+    reply = await connection.execute("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master_name)
     if reply is None:
         raise redis.exceptions.ConnectionError("it knows no such primary")
     return reply[0].decode(), int(reply[1])

@@ -4,17 +4,19 @@ Rules:
 - all that is wanted is subscribed to again before a new connection is used.
 - what is given up is unsubscribed in the order in which it was decided, so Redis sees it in that order.
 - one that Redis forbids does not keep the others away.
+- in a cluster subscriptions are sharded, and go where their slot goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import redis.exceptions
 
-from .connection import Connection
-from .link import Link
+from .connection import Connection, Request
+from .link import Link, LinkRetired
 from .topology import Topology
 
 __all__ = ["Subscription", "Subscriptions"]
@@ -23,12 +25,14 @@ __all__ = ["Subscription", "Subscriptions"]
 class Subscription:
     """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
 
-    __slots__ = ("confirmed", "link")
+    __slots__ = ("asked", "confirmed", "link")
 
     def __init__(self, link: Link) -> None:
         """``link``: to the server that owns it."""
         self.link: Link = link
         self.confirmed: bool = False
+        self.asked: bool = False
+        """Whether a request that nobody waits for is on its way."""
 
 
 class Subscriptions:
@@ -39,12 +43,19 @@ class Subscriptions:
         topology: Topology,
         execute: Callable[..., Awaitable[Any]],
         refused: Callable[[str, Exception], object],
+        confirmed: Callable[[str], object] | None = None,
     ) -> None:
-        """``execute(link, *command)`` sends a command; ``refused(name, error)`` hears what could not be restored."""
+        """``execute(link, *command)`` sends a command; ``refused(name, error)`` hears what could not be restored.
+
+        ``confirmed(name)`` is called with each that Redis confirmed when nobody waited for it.
+        """
         self.wanted: dict[str, Subscription] = {}
         self._topology = topology
         self._execute = execute
         self._refused = refused
+        self._confirmed = confirmed
+        self._subscribe = "SSUBSCRIBE" if topology.clustered else "SUBSCRIBE"
+        self._unsubscribe = "SUNSUBSCRIBE" if topology.clustered else "UNSUBSCRIBE"
 
     def want(self, name: str) -> Subscription:
         """The Redis channel ``name`` is to be subscribed to."""
@@ -57,28 +68,91 @@ class Subscriptions:
         """The Redis channel ``name`` is not needed any more."""
         subscription = self.wanted.pop(name, None)
         if subscription is not None:
-            subscription.link.submit("UNSUBSCRIBE", name)
+            subscription.link.submit(self._unsubscribe, name)
 
     async def confirm(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has."""
         subscription = self.wanted[name]
-        if not subscription.confirmed:
-            await self._execute(subscription.link, "SUBSCRIBE", name)
-            # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
-            subscription.confirmed = subscription.link.connection is not None
+        while not subscription.confirmed:
+            link = subscription.link
+            try:
+                await self._execute(link, self._subscribe, name)
+            except redis.exceptions.MovedError as error:
+                self._topology.follow(error)
+                continue
+            except LinkRetired:
+                subscription.link = self._topology.owner(name, name)
+                continue
+            if link is subscription.link:
+                # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
+                subscription.confirmed = link.connection is not None
+                return
+
+    def ask(self, name: str) -> None:
+        """Have Redis confirm a wanted subscription, unless it has, without waiting."""
+        subscription = self.wanted[name]
+        if not (subscription.confirmed or subscription.asked) and subscription.link.connection is not None:
+            subscription.asked = True
+            subscription.link.submit(
+                self._subscribe, name, done=partial(self._answered, name, subscription, subscription.link)
+            )
+
+    def _answered(self, name: str, subscription: Subscription, link: Link, request: Request) -> None:
+        subscription.asked = False
+        if self.wanted.get(name) is not subscription:
+            return
+        if link is not subscription.link:
+            self.ask(name)  # its slot has moved meanwhile
+        elif request.error is None:
+            subscription.confirmed = True
+            self._tell(name)
+        elif isinstance(request.error, redis.exceptions.MovedError):
+            self._topology.follow(request.error)
+        elif isinstance(request.error, redis.exceptions.ResponseError):
+            self._refused(name, request.error)
+
+    def _tell(self, name: str) -> None:
+        if self._confirmed is not None:
+            self._confirmed(name)
 
     async def restore(self, link: Link, connection: Connection) -> None:
         """Subscribe to all that is wanted there, on a new connection."""
         wanted = {name: one for name, one in self.wanted.items() if one.link is link}
-        requests = [(name, connection.submit("SUBSCRIBE", name)) for name in wanted]
+        requests = [(name, connection.submit(self._subscribe, name)) for name in wanted]
         await connection.execute("PING")  # they are answered when this is
         for name, request in requests:
-            if isinstance(request.error, redis.exceptions.ResponseError):
+            if isinstance(request.error, redis.exceptions.MovedError):
+                self._topology.follow(request.error)
+            elif isinstance(request.error, redis.exceptions.ResponseError):
                 self._refused(name, request.error)
-                continue
-            wanted[name].confirmed = True
-            if name not in self.wanted:
-                connection.submit("UNSUBSCRIBE", name)  # given up meanwhile
+            elif name not in self.wanted:
+                connection.submit(self._unsubscribe, name)  # given up meanwhile
+            elif wanted[name].link is link:
+                wanted[name].confirmed = True
+
+    def restored(self, link: Link) -> None:
+        """A connection on which all was restored is in use."""
+        for name, subscription in tuple(self.wanted.items()):
+            if subscription.link is link and subscription.confirmed:
+                self._tell(name)
+
+    def move(self) -> None:
+        """Slots have other owners: go there."""
+        for name, subscription in tuple(self.wanted.items()):
+            owner = self._topology.owner(name, name)
+            if owner is not subscription.link:
+                if not subscription.link.retired:
+                    subscription.link.submit(self._unsubscribe, name)
+                subscription.link = owner
+                subscription.confirmed = False
+            self.ask(name)
+
+    def dropped(self, name: str) -> None:
+        """The server ended a subscription: its slot has moved away."""
+        subscription = self.wanted.get(name)
+        if subscription is not None:
+            subscription.confirmed = False
+            self.ask(name)  # and hear where it is now
 
     def lost(self, link: Link) -> None:
         """The connection was lost, and with it what it had confirmed."""

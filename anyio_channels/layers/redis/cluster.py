@@ -1,0 +1,317 @@
+"""Redis Cluster: which node owns a key, and how commands find their way when that changes.
+
+Rules (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/):
+- the slot of a key is computed by the ``redis`` package; CLUSTER SLOTS says which primary has it.
+- MOVED and ASK are followed at once, TRYAGAIN and CLUSTERDOWN waited for; no caller sees them, as long as it lasts no longer
+  than ``timeout``. A command that may have run is not sent again.
+- who owns what is asked for again when a node is lost or says MOVED, until all owners can be reached.
+- a node that owns nothing any more is muted before another one is listened to, so nothing is heard twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Final, cast
+
+import redis.exceptions
+from anyio import Event, create_task_group, fail_after, move_on_after, sleep
+from redis.crc import key_slot
+
+from .connection import Argument, Connection, Request
+from .endpoint import Endpoint, Host, parse_host, require_hosts
+from .link import Link, LinkRetired, Server
+from .sentinel import is_sentinel
+from .topology import Options, Topology
+
+__all__ = ["Cluster"]
+
+_SLOTS: Final = 16384
+_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 0.5
+_ASK_SECONDS: Final = 1.0
+_MOST_HOPS: Final = 16
+_AT_THIS_NODE: Final = frozenset({"PING", "SCAN", "CLUSTER", "SSUBSCRIBE", "SUNSUBSCRIBE"})
+"""Commands that are for one node, whoever owns what."""
+_WAIT: Final = (
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ReadOnlyError,
+    LinkRetired,
+)
+
+Address = tuple[str, int]
+
+
+class ClusterLink(Link):
+    """The way to one node, or to another one if that node says so."""
+
+    cluster: Cluster
+
+    async def execute(self, *command: Argument) -> Any:
+        """Send ``command`` to whoever owns its key, and return the reply, as ``Link.execute`` says."""
+        key = _key_of(command)
+        if key is None:
+            return await super().execute(*command)
+        give_up = time.monotonic() + self.timeout
+        link: Link = self
+        asking = False
+        while True:
+            try:
+                if not asking:
+                    return await Link.execute(link, *command)
+                with fail_after(self.timeout):
+                    connection = await link.ready()
+                connection.submit("ASKING")
+                return await connection.execute(*command)
+            except redis.exceptions.AskError as error:
+                if time.monotonic() > give_up:
+                    raise
+                asking = not isinstance(error, redis.exceptions.MovedError)
+                link = self.cluster.link_to((error.host, error.port))
+                self.cluster.follow(error)
+            except _WAIT:
+                if time.monotonic() > give_up:
+                    raise
+                asking = False
+                self.cluster.refresh_soon()
+                await sleep(_PAUSE)
+                link = self.cluster.owner("", key)
+
+    def submit(self, *command: Argument, done: Callable[[Request], object] | None = None) -> None:
+        """Send ``command`` to whoever owns its key, without waiting, as ``Link.submit`` says."""
+        if _key_of(command) is None:
+            super().submit(*command, done=done)
+        else:
+            self._submit(self, command, done, _MOST_HOPS, asking=False)
+
+    def _submit(
+        self,
+        link: Link,
+        command: Sequence[Argument],
+        done: Callable[[Request], object] | None,
+        hops: int,
+        *,
+        asking: bool,
+    ) -> None:
+        def answered(request: Request) -> None:
+            error = request.error
+            if isinstance(error, redis.exceptions.AskError) and hops:
+                target = self.cluster.link_to((error.host, error.port))
+                self.cluster.follow(error)
+                is_ask = not isinstance(error, redis.exceptions.MovedError)
+                self._submit(target, command, done, hops - 1, asking=is_ask)
+            elif done is not None:
+                done(request)
+
+        if asking and link.connection is not None:
+            link.connection.submit("ASKING")
+        Link.submit(link, *command, done=answered)
+
+
+class Cluster(Topology):
+    """The nodes of a Redis Cluster."""
+
+    link_class = ClusterLink
+    clustered = True
+
+    def __init__(self, hosts: Sequence[Host] | None) -> None:
+        """``hosts``: some of the nodes, with what it takes to log in, which is the same at all of them."""
+        self._first: list[Endpoint] = []
+        for host in require_hosts(hosts):
+            if is_sentinel(host):
+                raise ValueError("a Redis Cluster needs no sentinels: hosts names some of its nodes")
+            endpoint = parse_host(host)
+            if endpoint.path is not None:
+                raise ValueError(f"a node of a Redis Cluster is reached by host and port, not at {endpoint.path!r}")
+            if endpoint.db:
+                raise ValueError(f"a Redis Cluster has only database 0, not {endpoint.db}")
+            self._first.append(endpoint)
+        self.endpoints = [*self._first]
+        self.links = []
+
+    @property
+    def name(self) -> str:
+        """How ``repr`` calls the cluster: by the nodes that were named."""
+        return "Redis Cluster at " + ", ".join(f"{one.host}:{one.port}" for one in self._first)
+
+    async def open(
+        self,
+        make_link: Callable[[Server], Link],
+        serve: Callable[[Link], object],
+        changed: Callable[[set[int], set[int]], object],
+        options: Options,
+    ) -> None:
+        """Ask the first nodes who owns what, and make the links, not running."""
+        self._make_link = make_link
+        self._serve: Callable[[Link], object] = lambda _: None
+        self._changed: Callable[[set[int], set[int]], object] = lambda _, __: None
+        self._by_address: dict[Address, Link] = {}
+        self._owners: list[Link | None] = [None] * _SLOTS
+        self._bell = Event()
+        self._leaving: list[Link] = []
+        self._keys: dict[tuple[Link, str], str] = {}
+        self.links = []
+        error: Exception = redis.exceptions.ConnectionError(f"{self.name} did not answer in time")
+        self._keep_alive = options.keep_alive
+        with move_on_after(options.connect_timeout):
+            while not self.links:
+                try:
+                    self._apply(await self._ask_first())
+                except redis.exceptions.RedisError as caught:
+                    error = caught
+                    if isinstance(caught, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError):
+                        break  # a wrong password, or no cluster
+                    await sleep(_PAUSE)
+        if not self.links:
+            raise error
+        self._serve = serve
+        self._changed = changed
+
+    def owner(self, name: str, key: str) -> Link:  # noqa: ARG002 - a cluster goes by the key
+        """Return the link to the node that owns ``key``."""
+        return self._owners[_slot(key)] or self.links[0]
+
+    def key_at(self, link: Link, key: str) -> str:
+        """Return a key that begins with ``key`` and that the node of ``link`` owns."""
+        found = self._keys.get((link, key))
+        if found is None or self._owners[_slot(found)] is not link:
+            tries = (f"{key}:{{{number}}}" for number in itertools.count())
+            found = next(one for one in tries if self._owners[_slot(one)] is link or link not in self._owners)
+            self._keys[link, key] = found
+        return found
+
+    def link_to(self, address: Address) -> Link:
+        """Find or make the link to the node at ``address``."""
+        link = self._by_address.get(address)
+        if link is None:
+            host, port = address
+            link = self._by_address[address] = self._make_link(replace(self._first[0], host=host, port=port))
+            cast("ClusterLink", link).cluster = self
+            link.on_trouble = self.refresh_soon
+            self.links.append(link)
+            self._serve(link)
+        return link
+
+    def follow(self, error: redis.exceptions.AskError) -> None:
+        """A node said MOVED: another one owns that slot now, and perhaps more. ASK changes nothing yet."""
+        if isinstance(error, redis.exceptions.MovedError):
+            self._assign({error.slot_id: self.link_to((error.host, error.port))})
+            self.refresh_soon()
+
+    def refresh_soon(self) -> None:
+        """Ask who owns what."""
+        self._bell.set()
+
+    async def run(self) -> None:
+        """Follow changes until cancelled."""
+        async with create_task_group() as tasks:
+            while True:
+                with move_on_after(self._keep_alive):
+                    await self._bell.wait()  # and now and then, for not every change is heard of
+                pause = _PAUSE
+                while True:
+                    self._bell = Event()
+                    with suppress(redis.exceptions.RedisError):
+                        self._apply(await self._ask())
+                    leaving, self._leaving = self._leaving, []
+                    for link in leaving:
+                        tasks.start_soon(link.retire)
+                    if all(link.connection is not None for link in self.links):
+                        break
+                    await sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+
+    # The inside
+
+    async def _ask(self) -> Any:
+        for link in self.links:
+            if link.connection is not None:
+                with move_on_after(_ASK_SECONDS):
+                    return await link.connection.execute("CLUSTER", "SLOTS")
+        return await self._ask_first()
+
+    async def _ask_first(self) -> Any:
+        error: Exception = redis.exceptions.ConnectionError(f"{self.name} did not answer in time")
+        for endpoint in self._first:
+            try:
+                return await _ask_node(endpoint)
+            except TimeoutError:
+                continue
+            except OSError as caught:
+                error = redis.exceptions.ConnectionError(f"{endpoint.name} cannot be reached: {caught}")
+            except redis.exceptions.RedisError as caught:
+                error = caught
+        raise error
+
+    def _apply(self, table: Any) -> None:
+        """Take over what CLUSTER SLOTS said."""
+        found: dict[int, Link] = {}
+        for first, last, (host, port, *_), *_ in table:
+            # A node that does not know its own address leaves it out.
+            address = ((host or b"").decode() or self._first[0].host, port)
+            link = self.link_to(address)
+            found.update(dict.fromkeys(range(first, last + 1), link))
+        used = set(found.values())
+        self._leaving += [link for link in self.links if link not in used]
+        self.links = [link for link in self.links if link in used]
+        for link in self._leaving:
+            link.on_trouble = None
+            if link.connection is not None:
+                link.connection.mute()
+        self._by_address = {address: link for address, link in self._by_address.items() if link in used}
+        self._assign(found)
+
+    def _assign(self, found: dict[int, Link]) -> None:
+        moved: set[int] = set()
+        lost: set[int] = set()
+        for slot, link in found.items():
+            before = self._owners[slot]
+            if before is not link:
+                self._owners[slot] = link
+                if before is not None:
+                    moved.add(slot)
+                    if before not in self.links or before.connection is None:
+                        lost.add(slot)
+        self._changed(moved, lost)
+
+
+async def _ask_node(endpoint: Endpoint) -> Any:
+    """Ask a node on a connection of its own. Raises ``OSError``, also for a time-out, and errors of the ``redis`` package."""
+    table: Any = None
+    trouble: redis.exceptions.RedisError | None = None
+    with fail_after(_ASK_SECONDS):
+        stream = await endpoint.connect()
+        connection = Connection(stream, endpoint.name, timeout=_ASK_SECONDS)
+        async with create_task_group() as tasks:
+            tasks.start_soon(connection.run)
+            try:
+                await connection.execute(*await endpoint.greeting())
+                table = await connection.execute("CLUSTER", "SLOTS")
+            except redis.exceptions.RedisError as error:
+                trouble = error
+            finally:
+                tasks.cancel_scope.cancel()
+    if trouble is not None:
+        raise trouble
+    if not table:
+        raise redis.exceptions.ClusterDownError(f"{endpoint.name}: no node of the cluster owns a slot")
+    return table
+
+
+def _key_of(command: Sequence[Argument]) -> str | None:
+    """Return the key that says where ``command`` belongs, if one does."""
+    if command[0] in _AT_THIS_NODE:
+        return None
+    return str(command[3] if command[0] in {"EVAL", "EVALSHA"} else command[1])
+
+
+@lru_cache(maxsize=65536)
+def _slot(key: str) -> int:
+    slot: int = key_slot(key.encode())
+    return slot

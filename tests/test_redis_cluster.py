@@ -1,0 +1,493 @@
+"""Redis Cluster: commands find their node, also while slots and nodes change."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+import redis.exceptions
+from anyio import create_task_group, fail_after
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, hears, new_prefix
+from redis.crc import key_slot
+from redis_server import RedisCluster, RedisServer, free_port
+
+from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
+from anyio_channels.layers.redis.cluster import Cluster
+from anyio_channels.testing import CHECKS, Check, contract_machine
+
+PATIENCE = 20.0
+both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A cluster that no test disturbs."""
+    with RedisCluster(tmp_path_factory.mktemp("quiet")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A cluster of the test's own, to be damaged."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with fail_after(PATIENCE):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+def make(kind: Kind, hosts: Any, **options: Any) -> Any:
+    return kind.layer_class(
+        hosts, cluster=True, **{"timeout": 10.0, "connect_timeout": 5.0, "prefix": new_prefix(), **options}
+    )
+
+
+CASES = [
+    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
+    for kind in KINDS
+    for check in CHECKS
+    if check.applies(kind.features)
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("kind", "check"), CASES)
+async def test_layer_passes_on_a_cluster(kind: Kind, check: Check, quiet: RedisCluster) -> None:
+    """Each layer on a cluster keeps every clause that applies to it, on every backend."""
+    await check(kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True), kind.features)
+
+
+@both
+@pytest.mark.slow
+def test_layer_on_a_cluster_matches_the_model(
+    kind: Kind, quiet: RedisCluster, anyio_backend: tuple[str, dict[str, Any]]
+) -> None:
+    """Each layer on a cluster does what the plain-dict model does, on every backend."""
+    factory = kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True)
+    run_state_machine_as_test(
+        contract_machine(factory, *anyio_backend, features=kind.features),
+        settings=settings(settings(), max_examples=5, stateful_step_count=30, suppress_health_check=list(HealthCheck)),
+    )
+
+
+async def hold_inbox(layer: Any, *groups: str, task_status: anyio.abc.TaskStatus[Any], **options: Any) -> None:
+    async with layer.subscribe(*groups, **options) as inbox:
+        task_status.started(inbox)
+        await anyio.sleep_forever()
+
+
+@pytest.mark.anyio
+@both
+async def test_names_are_spread_and_all_arrive(kind: Kind, quiet: RedisCluster) -> None:
+    """Process-specific channels, normal channels and groups arrive from any node; then no server has more than one connection."""
+    one = make(kind, quiet.hosts)
+    other = make(kind, quiet.hosts[1:], prefix=one.prefix)
+    async with one, other, create_task_group() as tg:
+        inboxes = [await tg.start(hold_inbox, one, f"group{number}") for number in range(20)]
+        for number, inbox in enumerate(inboxes):
+            await other.send(inbox.channel, {"to": number})
+            await other.group_send(f"group{number}", {"group": number})
+            with fail_after(PATIENCE):
+                got = [await inbox.receive(), await inbox.receive()]
+            assert sorted(got, key=str) == [{"group": number}, {"to": number}]
+        got = []
+
+        async def read(channel: str) -> None:
+            got.append((await one.receive(channel))["to"])
+
+        names = [f"normal{number}" for number in range(20)]
+        for name in names:
+            tg.start_soon(read, name)
+        if kind is PUBSUB:
+            await until(lambda: all(hears(one, name) for name in names))
+        for name in names:
+            await other.send(name, {"to": name})
+        await until(lambda: sorted(got) == sorted(names))
+        assert {one._topology.owner("", name) for name in names} == set(one._topology.links)
+        assert one.statistics().connections == 3
+        await other.flush()
+        tg.cancel_scope.cancel()
+    assert repr(one).startswith(f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet.nodes[0].port}, ")
+
+
+@pytest.mark.anyio
+async def test_members_in_many_slots(quiet: RedisCluster) -> None:
+    """A broadcast to members in many slots reaches each; who is full is counted; flushing empties every node."""
+    async with make(QUEUE, quiet.hosts, capacity=1) as layer, make(QUEUE, quiet.hosts) as stranger:
+        channels = [f"member{number}" for number in range(30)]
+        for channel in channels:
+            await layer.group_add("room", channel)
+        await layer.send(channels[0], {"n": 0})
+        await layer.group_send("room", {"n": 1})
+        assert layer.statistics().dropped_full == 1
+        assert [(await layer.receive(channel))["n"] for channel in channels] == [0] + [1] * 29
+        await layer.group_send("room", {"n": 2})
+        await stranger.send("spared", {"n": 3})
+        await layer.flush()
+        assert await layer.group_channels("room") == set()
+        for node in quiet.nodes[:3]:
+            with node.client() as client:
+                assert not [key for key in client.keys(f"{layer.prefix}*") if b"member" in key or b"group" in key]
+        assert await stranger.receive("spared") == {"n": 3}
+
+
+@pytest.mark.anyio
+async def test_senders_who_wait(quiet: RedisCluster) -> None:
+    """send(wait=True) hears of room, in whatever slot."""
+    async with make(QUEUE, quiet.hosts, capacity=1) as layer:
+        for channel in ("a", "b", "c", "d"):
+            await layer.send(channel, {"n": 0})
+            async with create_task_group() as tg:
+                tg.start_soon(lambda channel=channel: layer.send(channel, {"n": 1}, wait=True))  # type: ignore[misc]
+                with fail_after(PATIENCE):
+                    assert [await layer.receive(channel), await layer.receive(channel)] == [{"n": 0}, {"n": 1}]
+
+
+class Books:
+    """Numbered messages to an inbox from one sender, whatever happens."""
+
+    def __init__(self, sender: Any, inbox: Any) -> None:
+        self.sender = sender
+        self.inbox = inbox
+        self.sent: list[int] = []
+        self.failed: list[Exception] = []
+        self.received: list[int] = []
+
+    async def send(self) -> None:
+        for number in itertools.count():
+            try:
+                await self.sender.send(self.inbox.channel, {"n": number})
+                self.sent.append(number)
+            except redis.exceptions.RedisError as error:
+                self.failed.append(error)
+            except ChannelFull:
+                pass
+            await anyio.sleep(0.001)
+
+    async def receive(self) -> None:
+        while True:
+            self.received.append((await self.inbox.receive())["n"])
+
+    def balance(self) -> None:
+        """Nothing twice, nothing out of order."""
+        assert self.received == sorted(set(self.received))
+
+    async def go_on(self, count: int = 20) -> None:
+        """Wait until so many more have come."""
+        before = len(self.received)
+        await until(lambda: len(self.received) > before + count)
+
+
+def owned_by(layer: Any, key: str, node: RedisServer) -> bool:
+    return bool(layer._topology.owner("", key).endpoint.port == node.port)
+
+
+def owning(layer: Any, channel: str) -> int:
+    """The port of the node that owns ``channel``."""
+    name = layer.channel_key(channel) if isinstance(layer, RedisChannelLayer) else channel
+    port: int = layer._topology.owner("", name).endpoint.port
+    return port
+
+
+@pytest.mark.anyio
+@both
+async def test_failover_under_load(kind: Kind, cluster: RedisCluster) -> None:
+    """The primary that owns an inbox is killed: it goes on at the replica that is elected; nothing is delivered twice."""
+    layer = make(kind, cluster.hosts)
+    sender = make(kind, cluster.hosts[1:], prefix=layer.prefix, timeout=0.3)
+    async with layer, sender, create_task_group() as tg:
+        inbox = await tg.start(hold_inbox, layer, "room")
+        tolerant = await tg.start(lambda task_status: hold_inbox(layer, on_gap="event", task_status=task_status))
+        books = Books(sender, inbox)
+        tg.start_soon(books.send)
+        tg.start_soon(books.receive)
+        await books.go_on()
+        victim = next(node for node in cluster.nodes if node.port == owning(layer, inbox.channel))
+        victim.kill()
+        await until(lambda: owning(layer, inbox.channel) != victim.port)
+        await books.go_on()
+        await layer.group_send("room", {"n": 10**9})
+        await until(lambda: 10**9 in books.received)
+        if owning(layer, tolerant.channel) != victim.port:
+            await layer.send(tolerant.channel, {"n": 1})
+            with fail_after(PATIENCE):
+                while (await tolerant.receive()) != {"n": 1}:
+                    pass
+        assert len(layer._topology.links) == 3
+        tg.cancel_scope.cancel()
+    books.received.remove(10**9)
+    books.balance()
+
+
+@pytest.mark.anyio
+@both
+async def test_planned_failover(kind: Kind, cluster: RedisCluster) -> None:
+    """CLUSTER FAILOVER, as for maintenance: delivery goes on at the new primary, and the old one is let go.
+
+    Nobody may say so: the old primary takes and hands on what is published to it.
+    """
+    layer = make(kind, cluster.hosts, keep_alive=0.2)
+    async with layer, create_task_group() as tg:
+        inbox = await tg.start(hold_inbox, layer, "room")
+        books = Books(layer, inbox)
+        tg.start_soon(books.send)
+        tg.start_soon(books.receive)
+        await books.go_on()
+        port = owning(layer, inbox.channel)
+        number = next(number for number, node in enumerate(cluster.nodes) if node.port == port)
+        cluster.ask(cluster.nodes[number + 3], "FAILOVER")
+        await until(lambda: owning(layer, inbox.channel) == cluster.nodes[number + 3].port)
+        await books.go_on()
+        await until(lambda: layer.statistics().connections == 3)
+        tg.cancel_scope.cancel()
+    books.balance()
+
+
+@pytest.mark.anyio
+@both
+async def test_slot_migrated_under_load(kind: Kind, cluster: RedisCluster) -> None:
+    """The slots of an inbox, of its group and of a queue move under load: no error reaches a caller, nothing is lost in order."""
+    layer = make(kind, cluster.hosts)
+    sender = make(kind, cluster.hosts, prefix=layer.prefix)
+    async with layer, sender, create_task_group() as tg:
+        inbox = await tg.start(hold_inbox, layer, "room")
+        books = Books(sender, inbox)
+        tg.start_soon(books.send)
+        tg.start_soon(books.receive)
+        await books.go_on()
+        keys = [layer.group_key("room")]
+        keys += [inbox.channel] if kind is PUBSUB else [layer.channel_key(inbox.channel), layer.channel_key("work")]
+        for key in keys:
+            slot = key_slot(key.encode())
+            source = cluster.owner(slot)
+            target = next(node for node in cluster.nodes[:3] if node is not source)
+            await anyio.to_thread.run_sync(partial(cluster.migrate, slot, target, while_moving=pause))
+            await books.go_on()
+            await layer.group_send("room", {"n": 10**9})
+            await until(lambda: 10**9 in books.received)
+            books.received.remove(10**9)
+            if kind is QUEUE:
+                await layer.send("work", {"n": 1})
+                assert await layer.receive("work") == {"n": 1}
+            await until(partial(owned_by, layer, key, target))
+        tg.cancel_scope.cancel()
+    assert books.failed == []
+    books.balance()
+
+
+def pause() -> None:
+    """Leave the load some time in the middle of a migration."""
+    time.sleep(0.3)
+
+
+@pytest.mark.anyio
+async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
+    """While a slot moves, keys that moved are found at its new node (ASK), those that did not at its old one."""
+    async with make(QUEUE, cluster.hosts, capacity=2) as layer, make(QUEUE, cluster.hosts) as other:
+        slot = key_slot(layer.channel_key("work").encode())
+        source = cluster.owner(slot)
+        target = next(node for node in cluster.nodes[:3] if node is not source)
+        await layer.send("work", {"n": 0})
+        cluster.ask(target, "SETSLOT", slot, "IMPORTING", cluster.ask(source, "MYID"))
+        cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
+        await layer.send("work", {"n": 1})  # the key is still at the source
+        with source.client() as client:
+            client.execute_command("MIGRATE", target.host, target.port, layer.channel_key("work"), 0, 5000)
+        with pytest.raises(ChannelFull):
+            await layer.send("work", {"n": 2})  # asked for at the target
+        with fail_after(PATIENCE):
+            assert [await layer.receive("work"), await layer.receive("work")] == [{"n": 0}, {"n": 1}]
+        async with create_task_group() as tg:
+            got: list[Any] = []
+
+            async def read() -> None:
+                got.append(await layer.receive("work"))
+
+            tg.start_soon(read)
+            await until(lambda: layer._notices.blocked)
+            await layer.send("work", {"n": 3})
+            for node in cluster.nodes[:3]:
+                cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(target, "MYID"))
+            await until(lambda: got == [{"n": 3}])
+        await other.send("elsewhere", {"n": 1})
+
+
+@pytest.mark.anyio
+@both
+async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A node joins and takes slots over: it is found, and used."""
+    layer = make(kind, cluster.hosts)
+    async with layer, create_task_group() as tg:
+        inbox = await tg.start(hold_inbox, layer, "room")
+        books = Books(layer, inbox)
+        tg.start_soon(books.send)
+        tg.start_soon(books.receive)
+        await books.go_on()
+        added = await anyio.to_thread.run_sync(cluster.add_node)
+        key = inbox.channel if kind is PUBSUB else layer.channel_key(inbox.channel)
+        await anyio.to_thread.run_sync(cluster.migrate, key_slot(key.encode()), added)
+        await until(lambda: layer._topology.owner("", key).endpoint.port == added.port)
+        await books.go_on()
+        assert layer.statistics().connections == 4
+        tg.cancel_scope.cancel()
+    assert books.failed == []
+    books.balance()
+
+
+@pytest.mark.anyio
+async def test_clusterdown(cluster: RedisCluster) -> None:
+    """A slot that nobody serves for a while: senders and readers wait for it, within the time-out."""
+    async with make(QUEUE, cluster.hosts) as layer, make(QUEUE, cluster.hosts, timeout=0.3) as hasty:
+        slot = key_slot(layer.channel_key("work").encode())
+        owner = cluster.owner(slot)
+        hasty.prefix = layer.prefix
+        for node in cluster.nodes[:3]:
+            cluster.ask(node, "DELSLOTS", slot)
+        with pytest.raises(redis.exceptions.ClusterDownError, match="Hash slot not served"):
+            await hasty.send("work", {"n": 0})
+        async with create_task_group() as tg:
+            got: list[Any] = []
+
+            async def read() -> None:
+                got.append(await layer.receive("work"))
+
+            tg.start_soon(read)
+            tg.start_soon(layer.send, "work", {"n": 1})
+            await until(lambda: layer._notices.trouble)
+            for node in cluster.nodes[:3]:
+                cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(owner, "MYID"))
+            await until(lambda: got == [{"n": 1}])
+
+
+@pytest.mark.anyio
+@both
+async def test_who_may_have_missed_something_is_told(kind: Kind, cluster: RedisCluster) -> None:
+    """An inbox whose node is lost hears of a gap; one that lives elsewhere does not."""
+    async with make(kind, cluster.hosts) as layer, create_task_group() as tg:
+        inbox = await tg.start(lambda task_status: hold_inbox(layer, on_gap="raise", task_status=task_status))
+        port = owning(layer, inbox.channel)
+        victim = next(node for node in cluster.nodes if node.port == port)
+        victim.kill()
+        await until(lambda: owning(layer, inbox.channel) != port)
+        with fail_after(PATIENCE), pytest.raises(MessagesLost):
+            await inbox.receive()
+        await until(lambda: layer.statistics().connections == 3)
+        await layer.send(inbox.channel, {"n": 1})
+        with fail_after(PATIENCE):
+            while True:
+                with suppress(MessagesLost):
+                    assert await inbox.receive() == {"n": 1}
+                    break
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@both
+async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
+    """All connections are killed: readers go on when they are back, and all that was sent before waits or is told of."""
+    async with make(kind, cluster.hosts) as layer, create_task_group() as tg:
+        inbox = await tg.start(hold_inbox, layer, "room")
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("normal"))
+
+        tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        for node in cluster.nodes[:3]:
+            with node.client() as client:
+                client.client_kill_filter(skipme=True, _type="normal")
+                client.client_kill_filter(skipme=True, _type="pubsub")
+        await until(lambda: layer.statistics().reconnects == 3 and layer.statistics().connections == 3)
+        if kind is PUBSUB:
+            await until(lambda: hears(layer, "normal"))
+        await layer.send("normal", {"n": 1})
+        await layer.group_send("room", {"n": 2})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 2}
+        await until(lambda: got == [{"n": 1}])
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@both
+async def test_opening(kind: Kind, quiet: RedisCluster, redis_server: RedisServer) -> None:
+    """The first node may be gone; a server that is no cluster, a wrong password, nobody there: told within seconds."""
+    gone = ("127.0.0.1", free_port())
+    async with make(kind, [gone, quiet.hosts[0]]) as layer:
+        assert layer.statistics().connections == 3
+    with pytest.raises(redis.exceptions.ResponseError, match="cluster support disabled"):
+        await make(kind, [redis_server.url]).open()
+    with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]} cannot be reached"):
+        await make(kind, [gone], connect_timeout=0.3).open()
+    with pytest.raises(redis.exceptions.AuthenticationError) as caught:
+        await make(kind, [f"redis://nobody:wr0ng@127.0.0.1:{quiet.nodes[0].port}"]).open()
+    assert "wr0ng" not in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_a_first_node_that_hangs_and_an_empty_cluster(
+    cluster: RedisCluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A node that accepts and does not answer is passed over; a cluster without slots says so."""
+    cluster.nodes[3].pause()
+    async with make(QUEUE, [cluster.nodes[3].url, cluster.nodes[0].url]) as layer:
+        assert layer.statistics().connections == 3
+    with pytest.raises(redis.exceptions.ConnectionError, match="did not answer in time"):
+        await make(QUEUE, [cluster.nodes[3].url], connect_timeout=0.3).open()
+    with RedisServer(tmp_path_factory.mktemp("empty"), "--cluster-enabled", "yes") as empty:
+        with pytest.raises(redis.exceptions.ClusterDownError, match="no node of the cluster owns a slot"):
+            await make(QUEUE, [empty.url], connect_timeout=0.3).open()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"hosts": ["redis://a/1"]}, ValueError, "a Redis Cluster has only database 0, not 1"),
+        ({"hosts": ["unix:///a"]}, ValueError, "is reached by host and port, not at '/a'"),
+        ({"hosts": ["redis+sentinel://a/m"]}, ValueError, "a Redis Cluster needs no sentinels"),
+        ({"cluster": "yes"}, TypeError, "cluster must be True or False, not 'yes'"),
+        ({"prefix": "a{b"}, ValueError, "prefix in a Redis Cluster"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    """Each mistake is told with its rule."""
+    with pytest.raises(error) as caught:
+        RedisChannelLayer(**{"cluster": True, **options})
+    assert text in str(caught.value)
+
+
+def test_urls() -> None:
+    """redis+cluster:// makes a layer on a cluster, of either kind."""
+    layer = create_channel_layer("redis+cluster://a:1,b:2/?prefix=x")
+    assert layer.__class__.__name__ == "RedisChannelLayer"
+    assert repr(layer).startswith("<RedisChannelLayer Redis Cluster at a:1, b:2 prefix='x'")
+    layer = create_channel_layer("rediss+cluster+pubsub://me:secret@a?ssl_cert_reqs=none")
+    assert repr(layer).startswith("<RedisPubSubChannelLayer Redis Cluster at a:6379 ")
+    with pytest.raises(ValueError, match="has only database 0"):
+        create_channel_layer("redis+cluster://a/1")
+
+
+def test_slots_of_what_belongs_together() -> None:
+    """What is told about a key is told in its slot, also with a prefix that has a tag."""
+    for prefix in ("asgi", "{app}", "x{app}y"):
+        layer = RedisChannelLayer(cluster=True, prefix=prefix)
+        for name in ("work", "specific.abc!"):
+            key = layer.channel_key(name)
+            assert (
+                key_slot(layer.note_key(key).encode())
+                == key_slot(layer.room_key(key).encode())
+                == key_slot(key.encode())
+            )
+    assert Cluster(None).name == "Redis Cluster at localhost:6379"
