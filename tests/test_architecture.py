@@ -59,7 +59,9 @@ ALLOWED = {
     "layers.redis.pubsub": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
         "layers.redis.endpoint", "layers.redis.layer", "layers.redis.link", "layers.redis.subscriptions",
+        "layers.redis.twice",
     },
+    "layers.redis.twice": set(),
     "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
     "testing.checks": {"anyio", "exceptions", "layers.base"},
     "testing.machine": {"anyio", "exceptions", "hypothesis", "layers.base", "layers.inbox", "testing.checks"},

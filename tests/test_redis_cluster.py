@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 import redis.exceptions
-from anyio import create_task_group, fail_after
+from anyio import ClosedResourceError, create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, hears, new_prefix
@@ -176,8 +176,9 @@ class Books:
             await anyio.sleep(0.001)
 
     async def receive(self) -> None:
-        while True:
-            self.received.append((await self.inbox.receive())["n"])
+        with suppress(ClosedResourceError):  # closed and cancelled at once
+            while True:
+                self.received.append((await self.inbox.receive())["n"])
 
     def balance(self) -> None:
         """Nothing twice, nothing out of order."""

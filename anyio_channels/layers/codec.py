@@ -215,12 +215,17 @@ class PayloadCodec(Codec):
             head = b"\xdf" + size.to_bytes(4, "big")
         return head + body[start:] + packb(key) + packb(names)
 
-    def seal(self, body: bytes) -> bytes:
-        """Return the payload for ``body``, a different one at each call if there are keys or a random prefix."""
+    def seal(self, body: bytes, prefix: bytes | None = None) -> bytes:
+        """Return the payload for ``body``, a different one at each call if there are keys or a random prefix.
+
+        ``prefix``: as long as the random prefix, to be used in its place.
+        """
         if self._crypter is not None:
             body = self._crypter.encrypt(body)
         # Not the module random: its state is the same in two processes after a fork, and equal payloads are one to Redis.
-        return os.urandom(self._prefix_length) + body if self._prefix_length else body
+        if self._prefix_length:
+            return (os.urandom(self._prefix_length) if prefix is None else prefix) + body
+        return body
 
     def unseal(self, payload: bytes) -> bytes:
         """Return the body in ``payload``, or raise ``Unreadable``."""

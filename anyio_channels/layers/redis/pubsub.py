@@ -32,6 +32,7 @@ from .endpoint import Host
 from .layer import RedisLayer, RedisLayerStatistics
 from .link import Link, Server
 from .subscriptions import Subscriptions
+from .twice import MARK_LENGTH, Heard, Marks
 
 __all__ = ["RedisPubSubChannelLayer"]
 
@@ -130,7 +131,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             channel_capacity,
             symmetric_encryption_keys,
             serializer_format,
-            random_prefix_length=0,
+            random_prefix_length=MARK_LENGTH if cluster else 0,
             token_expiry=None,
             max_message_size=max_message_size,
             default=default,
@@ -144,6 +145,8 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _reset(self) -> None:
         self.subscriptions: Subscriptions = Subscriptions(self._topology, self._execute, self._log_forbidden)
         self._deserted: set[_PubSubChannel] = set()
+        self._marks = Marks()
+        self._heard = Heard()
         super()._reset()
 
     def _make_directory(self) -> Directory:
@@ -193,8 +196,11 @@ class RedisPubSubChannelLayer(RedisLayer):
         body = self._codec.encode(message)
         await self._check_in()
         self._require_open()
-        await self._execute(self._link_of(channel), self._publish, channel, self._codec.seal(body))
+        await self._execute(self._link_of(channel), self._publish, channel, self._seal(body))
         self._sent += 1
+
+    def _seal(self, body: bytes) -> bytes:
+        return self._codec.seal(body, self._marks.next() if self.cluster else None)
 
     def _is_attended(self, source: Channel) -> bool:
         return self.subscriptions.wanted[source.name].confirmed
@@ -294,7 +300,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
         key = self.group_key(group)
-        await self._execute(self._link_of(key), self._publish, key, self._codec.seal(body))
+        await self._execute(self._link_of(key), self._publish, key, self._seal(body))
         self._sent += 1
 
     async def group_channels(self, group: str) -> set[str]:
@@ -388,18 +394,23 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     def _pushed(self, push: list[Any]) -> None:
         """A message came."""
-        if push[:1] == [b"sunsubscribe"]:
+        if push[:1] in ([b"message"], [b"smessage"]):
+            name = push[1].decode("utf-8", "replace")
+            if not self.cluster or self._heard.is_new(name, push[2]):
+                self._deliver(name, push[2])
+        elif push[:1] == [b"sunsubscribe"]:
             self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
-        if push[:1] not in ([b"message"], [b"smessage"]):
-            return
-        name = push[1].decode("utf-8", "replace")
+
+    def _deliver(self, name: str, payload: bytes) -> None:
         start = f"{self.prefix}__group__"
         group = self._here.groups.get(name[len(start) :]) if name.startswith(start) else None
         channel = self._here.channels.get(name)
         if group is None and channel is None:
             return
+        if self.cluster and not self._heard.is_new(name, push[2]):
+            return
         try:
-            body = self._codec.unseal(push[2])
+            body = self._codec.unseal(payload)
             message = self._codec.decode_body(body)
             excluded: frozenset[str] = frozenset()
             if EXCLUDE_KEY in message:
