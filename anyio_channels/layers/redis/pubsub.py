@@ -407,8 +407,6 @@ class RedisPubSubChannelLayer(RedisLayer):
         channel = self._here.channels.get(name)
         if group is None and channel is None:
             return
-        if self.cluster and not self._heard.is_new(name, push[2]):
-            return
         try:
             body = self._codec.unseal(payload)
             message = self._codec.decode_body(body)
