@@ -38,10 +38,10 @@ peers = pytest.mark.parametrize("package", ["channels_redis", "fast_channels"])
 class Peer:
     """A layer of a peer, in an asyncio loop and a thread of its own: peers run nowhere else."""
 
-    def __init__(self, package: str, kind: Kind, url: str, **options: Any) -> None:
+    def __init__(self, package: str, kind: Kind, *urls: str, **options: Any) -> None:
         module, name = PEERS[package, kind.name]
         # Without a time-out: from redis 8.0 on its default ends their readers after five idle seconds.
-        hosts = [{"address": url, "socket_timeout": None}]
+        hosts = [{"address": url, "socket_timeout": None} for url in urls]
         self.layer: Any = getattr(importlib.import_module(module), name)(hosts=hosts, **options)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
@@ -70,12 +70,13 @@ class Peer:
 
 @asynccontextmanager
 async def side_by_side(
-    package: str, kind: Kind, server: RedisServer, **options: Any
+    package: str, kind: Kind, *servers: RedisServer, **options: Any
 ) -> AsyncGenerator[tuple[Any, Peer]]:
     """Our layer and a peer's, with the same options."""
     options = {"prefix": new_prefix(), **options}
-    ours = kind.layer_class([server.url], **options)
-    peer = Peer(package, kind, server.url, **options)
+    urls = [server.url for server in servers]
+    ours = kind.layer_class(urls, **options)
+    peer = Peer(package, kind, *urls, **options)
     peer.thread.start()
     try:
         async with ours:
@@ -272,3 +273,31 @@ def test_keys_are_theirs(redis_server: RedisServer) -> None:
     assert ours.group_key("room").encode() == theirs._group_key("room")
     assert ours.channel_key("a.b!c") == "p" + theirs.non_local_name("a.b!c")
     assert isinstance(redis_server.client(), redis.Redis)
+
+
+@peers
+@both
+async def test_two_servers(
+    kind: Kind, package: str, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Over two servers, what theirs delivers at all goes both ways; its queues lose what is sent to a channel."""
+    with RedisServer(tmp_path_factory.mktemp("second")) as second:
+        async with side_by_side(package, kind, redis_server, second) as (ours, peer):
+            for number in range(8):
+                theirs = await peer.call("new_channel")
+                await ours.send(theirs, {**MESSAGE, "n": number})
+                assert await peer.call("receive", theirs) == {**MESSAGE, "n": number}
+                group = f"group{number}"
+                async with ours.subscribe(group) as inbox:
+                    await peer.call("group_add", group, theirs)
+                    await ours.group_send(group, {**MESSAGE, "of": "ours"})
+                    await peer.call("group_send", group, {**MESSAGE, "of": "theirs"})
+                    with fail_after(PATIENCE):
+                        got = [await inbox.receive(), await inbox.receive()]
+                    assert [one["of"] for one in got] == ["ours", "theirs"]
+                    assert (await peer.call("receive", theirs))["of"] == "ours"
+                    assert (await peer.call("receive", theirs))["of"] == "theirs"
+                    if kind is PUBSUB:
+                        await peer.call("send", inbox.channel, {**MESSAGE, "n": number})
+                        with fail_after(PATIENCE):
+                            assert await inbox.receive() == {**MESSAGE, "n": number}

@@ -81,7 +81,7 @@ class _PubSubDirectory(Directory):
 class RedisPubSubChannelLayer(RedisLayer):
     """A channel layer on Redis' pub/sub, for any number of processes; channels_redis' bytes.
 
-    To be opened by ``async with layer:`` and used in the event loop that opened it. It holds one connection to its server.
+    To be opened by ``async with layer:`` and used in the event loop that opened it. It holds one connection to each server.
     Redis keeps no message: what is sent to a channel that no process reads, or during an outage, is lost; ``on_gap`` tells an
     inbox. A normal channel that several processes read gives each a copy; use ``RedisChannelLayer`` to share out work.
     ``send`` never raises ``ChannelFull``: a reader's mailbox is bounded, and what does not fit is dropped, counted, logged.

@@ -57,8 +57,8 @@ class _Room:
 class RedisChannelLayer(QueueIntake):
     """A channel layer whose messages wait in Redis, for any number of processes; channels_redis' bytes.
 
-    To be opened by ``async with layer:`` and used in the event loop that opened it. It holds at most two connections to its
-    server: one for commands, and one for the blocking pop as soon as something is to be received.
+    To be opened by ``async with layer:`` and used in the event loop that opened it. It holds at most two connections to each
+    server: one for commands, and one for the blocking pop as soon as something is to be received; one to each in a cluster.
     """
 
     def __init__(
@@ -83,13 +83,15 @@ class RedisChannelLayer(QueueIntake):
     ) -> None:
         """Take the options of ``BaseChannelLayer``, those of channels_redis, and some more.
 
-        ``hosts``: a list with one server: a URL (``redis://user:password@host:6379/0``, ``rediss://``, ``unix://``), a
-        ``(host, port)`` pair, or a ``dict`` of the ``redis`` package's options. ``prefix``: of all keys. ``group_expiry``:
-        seconds after which a membership ends that nobody renews; open inboxes renew theirs. ``symmetric_encryption_keys``: the
-        first encrypts, all decrypt. ``random_prefix_length``: bytes that make each entry unique. ``serializer_format``:
-        ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or fails. ``connect_timeout``: seconds in
-        which a connection is made. ``keep_alive``: seconds between signs of life on an idle connection; one that is dead is
-        noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this process, in seconds.
+        ``hosts``: a list of servers, over which names are spread: each a URL (``redis://user:password@host:6379/0``,
+        ``rediss://``, ``unix://``), a ``(host, port)`` pair, a ``dict`` of the ``redis`` package's options, or one with
+        ``"sentinels"`` and ``"master_name"``. ``cluster``: they are nodes of one Redis Cluster. ``prefix``: of all keys.
+        ``group_expiry``: seconds after which a membership ends that nobody renews; open inboxes renew theirs.
+        ``symmetric_encryption_keys``: the first encrypts, all decrypt. ``random_prefix_length``: bytes that make each entry
+        unique. ``serializer_format``: ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or fails.
+        ``connect_timeout``: seconds in which a connection is made. ``keep_alive``: seconds between signs of life on an idle
+        connection; one that is dead is noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this
+        process, in seconds.
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
         """
