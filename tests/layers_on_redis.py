@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
+import anyio.abc
+import pytest
+import redis.exceptions
+from anyio import ClosedResourceError, create_task_group, fail_after
 from redis_server import RedisServer
 
-from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
 from anyio_channels.layers.redis.pop import Popper
-from anyio_channels.testing import Clock, Features, LayerFactory
+from anyio_channels.testing import CHECKS, Clock, Features, LayerFactory
 
+PATIENCE = 20.0
 _numbers = itertools.count()
 
 
@@ -118,3 +125,89 @@ def hears(layer: RedisPubSubChannelLayer, name: str) -> bool:
     """Whether Redis has confirmed the subscription to the Redis channel ``name``."""
     subscription = layer.subscriptions.wanted.get(name)
     return subscription is not None and subscription.confirmed
+
+
+CASES = [
+    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
+    for kind in KINDS
+    for check in CHECKS
+    if check.applies(kind.features)
+]
+"""Each layer with each check of the contract kit that applies to it."""
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what must happen on the other side of a network."""
+    with fail_after(PATIENCE):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+async def hold_inbox(layer: Any, *groups: str, task_status: anyio.abc.TaskStatus[Any], **options: Any) -> None:
+    """Have an inbox open until cancelled; to be started."""
+    async with layer.subscribe(*groups, **options) as inbox:
+        task_status.started(inbox)
+        await anyio.sleep_forever()
+
+
+class Books:
+    """Numbered messages to an inbox from one sender, and what came of them, whatever happens to Redis."""
+
+    def __init__(self, sender: Any, inbox: Any) -> None:
+        self.sender = sender
+        self.inbox = inbox
+        self.failed: list[Exception] = []
+        self.received: list[int] = []
+
+    async def send(self) -> None:
+        for number in itertools.count():
+            try:
+                await self.sender.send(self.inbox.channel, {"n": number})
+            except redis.exceptions.RedisError as error:
+                self.failed.append(error)
+            except ChannelFull:
+                pass
+            await anyio.sleep(0.001)
+
+    async def receive(self) -> None:
+        with suppress(ClosedResourceError):  # closed and cancelled at once
+            while True:
+                self.received.append((await self.inbox.receive())["n"])
+
+    async def go_on(self, count: int = 20) -> None:
+        """Wait until so many more have come."""
+        before = len(self.received)
+        await until(lambda: len(self.received) > before + count)
+
+    def balance(self) -> None:
+        """Nothing twice, nothing out of order."""
+        assert self.received == sorted(set(self.received))
+
+
+async def pass_on_both(one: Any, other: Any, kind: Kind, connections: int) -> None:
+    """What ``other`` sends to process-specific channels, normal channels and groups reaches ``one``, on all servers."""
+    async with one, other, create_task_group() as tg:
+        inboxes = [await tg.start(hold_inbox, one, f"group{number}") for number in range(20)]
+        for number, inbox in enumerate(inboxes):
+            await other.send(inbox.channel, {"to": number})
+            await other.group_send(f"group{number}", {"group": number})
+            with fail_after(PATIENCE):
+                got = [await inbox.receive(), await inbox.receive()]
+            assert sorted(got, key=str) == [{"group": number}, {"to": number}]
+        got = []
+
+        async def read(channel: str) -> None:
+            got.append((await one.receive(channel))["to"])
+
+        names = [f"normal{number}" for number in range(20)]
+        for name in names:
+            tg.start_soon(read, name)
+        if kind is PUBSUB:
+            await until(lambda: all(hears(one, name) for name in names))
+        for name in names:
+            await other.send(name, {"to": name})
+        await until(lambda: sorted(got) == sorted(names))
+        assert {one._topology.owner(name, name) for name in names} == set(one._topology.links)
+        assert one.statistics().connections == connections
+        await other.flush()
+        tg.cancel_scope.cancel()

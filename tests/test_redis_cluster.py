@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,18 +11,30 @@ from typing import Any
 import anyio
 import pytest
 import redis.exceptions
-from anyio import ClosedResourceError, create_task_group, fail_after
+from anyio import create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, hears, new_prefix
+from layers_on_redis import (
+    CASES,
+    KINDS,
+    PATIENCE,
+    PUBSUB,
+    QUEUE,
+    Books,
+    Kind,
+    hears,
+    hold_inbox,
+    new_prefix,
+    pass_on_both,
+    until,
+)
 from redis.crc import key_slot
 from redis_server import RedisCluster, RedisServer, free_port
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
 from anyio_channels.layers.redis.cluster import Cluster
-from anyio_channels.testing import CHECKS, Check, contract_machine
+from anyio_channels.testing import Check, contract_machine
 
-PATIENCE = 20.0
 both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -41,24 +52,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
         yield cluster
 
 
-async def until(condition: Callable[[], object]) -> None:
-    with fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.002)
-
-
 def make(kind: Kind, hosts: Any, **options: Any) -> Any:
     return kind.layer_class(
         hosts, cluster=True, **{"timeout": 10.0, "connect_timeout": 5.0, "prefix": new_prefix(), **options}
     )
-
-
-CASES = [
-    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
-    for kind in KINDS
-    for check in CHECKS
-    if check.applies(kind.features)
-]
 
 
 @pytest.mark.anyio
@@ -81,43 +78,12 @@ def test_layer_on_a_cluster_matches_the_model(
     )
 
 
-async def hold_inbox(layer: Any, *groups: str, task_status: anyio.abc.TaskStatus[Any], **options: Any) -> None:
-    async with layer.subscribe(*groups, **options) as inbox:
-        task_status.started(inbox)
-        await anyio.sleep_forever()
-
-
 @pytest.mark.anyio
 @both
 async def test_names_are_spread_and_all_arrive(kind: Kind, quiet: RedisCluster) -> None:
     """Process-specific channels, normal channels and groups arrive from any node; then no server has more than one connection."""
     one = make(kind, quiet.hosts)
-    other = make(kind, quiet.hosts[1:], prefix=one.prefix)
-    async with one, other, create_task_group() as tg:
-        inboxes = [await tg.start(hold_inbox, one, f"group{number}") for number in range(20)]
-        for number, inbox in enumerate(inboxes):
-            await other.send(inbox.channel, {"to": number})
-            await other.group_send(f"group{number}", {"group": number})
-            with fail_after(PATIENCE):
-                got = [await inbox.receive(), await inbox.receive()]
-            assert sorted(got, key=str) == [{"group": number}, {"to": number}]
-        got = []
-
-        async def read(channel: str) -> None:
-            got.append((await one.receive(channel))["to"])
-
-        names = [f"normal{number}" for number in range(20)]
-        for name in names:
-            tg.start_soon(read, name)
-        if kind is PUBSUB:
-            await until(lambda: all(hears(one, name) for name in names))
-        for name in names:
-            await other.send(name, {"to": name})
-        await until(lambda: sorted(got) == sorted(names))
-        assert {one._topology.owner("", name) for name in names} == set(one._topology.links)
-        assert one.statistics().connections == 3
-        await other.flush()
-        tg.cancel_scope.cancel()
+    await pass_on_both(one, make(kind, quiet.hosts[1:], prefix=one.prefix), kind, 3)
     assert repr(one).startswith(f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet.nodes[0].port}, ")
 
 
@@ -154,42 +120,6 @@ async def test_senders_who_wait(quiet: RedisCluster) -> None:
                     assert [await layer.receive(channel), await layer.receive(channel)] == [{"n": 0}, {"n": 1}]
 
 
-class Books:
-    """Numbered messages to an inbox from one sender, whatever happens."""
-
-    def __init__(self, sender: Any, inbox: Any) -> None:
-        self.sender = sender
-        self.inbox = inbox
-        self.sent: list[int] = []
-        self.failed: list[Exception] = []
-        self.received: list[int] = []
-
-    async def send(self) -> None:
-        for number in itertools.count():
-            try:
-                await self.sender.send(self.inbox.channel, {"n": number})
-                self.sent.append(number)
-            except redis.exceptions.RedisError as error:
-                self.failed.append(error)
-            except ChannelFull:
-                pass
-            await anyio.sleep(0.001)
-
-    async def receive(self) -> None:
-        with suppress(ClosedResourceError):  # closed and cancelled at once
-            while True:
-                self.received.append((await self.inbox.receive())["n"])
-
-    def balance(self) -> None:
-        """Nothing twice, nothing out of order."""
-        assert self.received == sorted(set(self.received))
-
-    async def go_on(self, count: int = 20) -> None:
-        """Wait until so many more have come."""
-        before = len(self.received)
-        await until(lambda: len(self.received) > before + count)
-
-
 def owned_by(layer: Any, key: str, node: RedisServer) -> bool:
     return bool(layer._topology.owner("", key).endpoint.port == node.port)
 
@@ -209,7 +139,7 @@ async def test_failover_under_load(kind: Kind, cluster: RedisCluster) -> None:
     sender = make(kind, cluster.hosts[1:], prefix=layer.prefix, timeout=0.3)
     async with layer, sender, create_task_group() as tg:
         inbox = await tg.start(hold_inbox, layer, "room")
-        tolerant = await tg.start(lambda task_status: hold_inbox(layer, on_gap="event", task_status=task_status))
+        tolerant = await tg.start(partial(hold_inbox, layer, on_gap="event"))
         books = Books(sender, inbox)
         tg.start_soon(books.send)
         tg.start_soon(books.receive)
@@ -376,7 +306,7 @@ async def test_clusterdown(cluster: RedisCluster) -> None:
 async def test_who_may_have_missed_something_is_told(kind: Kind, cluster: RedisCluster) -> None:
     """An inbox whose node is lost hears of a gap; one that lives elsewhere does not."""
     async with make(kind, cluster.hosts) as layer, create_task_group() as tg:
-        inbox = await tg.start(lambda task_status: hold_inbox(layer, on_gap="raise", task_status=task_status))
+        inbox = await tg.start(partial(hold_inbox, layer, on_gap="raise"))
         port = owning(layer, inbox.channel)
         victim = next(node for node in cluster.nodes if node.port == port)
         victim.kill()

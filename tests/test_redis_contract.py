@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from layers_on_redis import KINDS, Kind
+from layers_on_redis import CASES, KINDS, Kind
 from redis_server import RedisServer
 
-from anyio_channels.testing import CHECKS, Check, contract_machine, run_checks
-
-CASES = [
-    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
-    for kind in KINDS
-    for check in CHECKS
-    if check.applies(kind.features)
-]
+from anyio_channels.testing import Check, contract_machine, run_checks
 
 
 @pytest.mark.anyio

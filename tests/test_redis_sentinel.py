@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import Any
 
-import anyio
 import pytest
 import redis.exceptions
 from anyio import create_task_group, fail_after
-from layers_on_redis import KINDS, QUEUE, Kind, new_prefix
+from layers_on_redis import CASES, KINDS, PATIENCE, QUEUE, Books, Kind, new_prefix, until
 from redis_server import RedisServer, Sentinels, free_port
 
-from anyio_channels import ChannelFull, create_channel_layer
+from anyio_channels import create_channel_layer
 from anyio_channels.layers.redis import sentinel as module
 from anyio_channels.layers.redis.sentinel import parse_sentinel
 from anyio_channels.layers.redis.topology import Topology
-from anyio_channels.testing import CHECKS, Check
+from anyio_channels.testing import Check
 
-PATIENCE = 20.0
 both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -38,22 +34,8 @@ def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
         yield sentinels
 
 
-async def until(condition: Callable[[], object]) -> None:
-    with fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.002)
-
-
 def make(kind: Kind, *hosts: Any, **options: Any) -> Any:
     return kind.layer_class(list(hosts), **{"timeout": 2.0, "connect_timeout": 5.0, "prefix": new_prefix(), **options})
-
-
-CASES = [
-    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
-    for kind in KINDS
-    for check in CHECKS
-    if check.applies(kind.features)
-]
 
 
 @pytest.mark.anyio
@@ -80,32 +62,6 @@ async def test_mixed_with_a_plain_host(kind: Kind, quiet: Sentinels, redis_serve
         assert owners == set(layer._topology.links)
 
 
-class Books:
-    """What was sent to an inbox and what it received, while its Redis changes."""
-
-    def __init__(self, layer: Any, sender: Any, inbox: Any) -> None:
-        self.layer = layer
-        self.sender = sender
-        self.inbox = inbox
-        self.sent: list[int] = []
-        self.received: list[int] = []
-
-    async def send(self) -> None:
-        for number in itertools.count():
-            with suppress(redis.exceptions.RedisError, ChannelFull):
-                await self.sender.send(self.inbox.channel, {"n": number})
-                self.sent.append(number)
-            await anyio.sleep(0.001)
-
-    async def receive(self) -> None:
-        while True:
-            self.received.append((await self.inbox.receive())["n"])
-
-    def balance(self) -> None:
-        """Nothing twice, nothing out of order."""
-        assert self.received == sorted(set(self.received))
-
-
 @pytest.mark.anyio
 @both
 async def test_failover_under_load(kind: Kind, sentinels: Sentinels) -> None:
@@ -115,7 +71,7 @@ async def test_failover_under_load(kind: Kind, sentinels: Sentinels) -> None:
     layer = make(kind, sentinels.host)
     sender = make(kind, sentinels.host, prefix=layer.prefix, timeout=0.2)
     async with layer, sender, layer.subscribe("room") as inbox, create_task_group() as tg:
-        books = Books(layer, sender, inbox)
+        books = Books(sender, inbox)
         tg.start_soon(books.send)
         tg.start_soon(books.receive)
         await until(lambda: len(books.received) > 20)
@@ -162,7 +118,7 @@ async def test_planned_failover(kind: Kind, sentinels: Sentinels) -> None:
     old = sentinels.primary()
     layer = make(kind, sentinels.host)
     async with layer, layer.subscribe("room") as inbox, create_task_group() as tg:
-        books = Books(layer, layer, inbox)
+        books = Books(layer, inbox)
         tg.start_soon(books.send)
         tg.start_soon(books.receive)
         await until(lambda: len(books.received) > 20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,12 @@ import redis.exceptions
 from anyio import create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, hears, new_prefix
+from layers_on_redis import CASES, KINDS, PATIENCE, PUBSUB, QUEUE, Kind, hold_inbox, new_prefix, pass_on_both, until
 from redis_server import RedisServer, free_port
 
 from anyio_channels import MessagesLost
-from anyio_channels.testing import CHECKS, Check, contract_machine
+from anyio_channels.testing import Check, contract_machine
 
-PATIENCE = 20.0
 both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -38,12 +37,6 @@ def own_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisSer
     """Two servers of the test's own, to be killed."""
     with RedisServer(tmp_path_factory.mktemp("one")) as one, RedisServer(tmp_path_factory.mktemp("two")) as two:
         yield [one, two]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.002)
 
 
 def make(kind: Kind, servers: list[RedisServer], **options: Any) -> Any:
@@ -62,14 +55,6 @@ def names_on(layer: Any, server: RedisServer, count: int, start: str = "name") -
 
 def owner_of(layer: Any, name: str) -> Any:
     return layer._topology.owner(name, name)
-
-
-CASES = [
-    pytest.param(kind, check, id=f"{kind.name}-{check.name}")
-    for kind in KINDS
-    for check in CHECKS
-    if check.applies(kind.features)
-]
 
 
 @pytest.mark.anyio
@@ -96,38 +81,7 @@ def test_layer_on_two_servers_matches_the_model(
 async def test_names_are_spread_and_all_arrive(kind: Kind, pair: list[RedisServer]) -> None:
     """Process-specific channels, normal channels and groups arrive, wherever they live, between two processes."""
     one = make(kind, pair)
-    other = make(kind, pair, prefix=one.prefix)
-    async with one, other, create_task_group() as tg:
-        inboxes = [await tg.start(hold_inbox, one, f"group{number}") for number in range(20)]
-        for number, inbox in enumerate(inboxes):
-            await other.send(inbox.channel, {"to": number})
-            await other.group_send(f"group{number}", {"group": number})
-            with fail_after(PATIENCE):
-                got = [await inbox.receive(), await inbox.receive()]
-            assert sorted(got, key=str) == [{"group": number}, {"to": number}]
-        got = []
-
-        async def read(channel: str) -> None:
-            got.append((await one.receive(channel))["to"])
-
-        names = [f"normal{number}" for number in range(20)]
-        for name in names:
-            tg.start_soon(read, name)
-        if kind is PUBSUB:
-            await until(lambda: all(hears(one, name) for name in names))
-        for name in names:
-            await other.send(name, {"to": name})
-        await until(lambda: sorted(got) == sorted(names))
-        assert {owner_of(one, name) for name in names} == set(one._topology.links)
-        assert one.statistics().connections == (4 if kind is QUEUE else 2)
-        await other.flush()
-        tg.cancel_scope.cancel()
-
-
-async def hold_inbox(layer: Any, group: str, *, task_status: anyio.abc.TaskStatus[Any]) -> None:
-    async with layer.subscribe(group) as inbox:
-        task_status.started(inbox)
-        await anyio.sleep_forever()
+    await pass_on_both(one, make(kind, pair, prefix=one.prefix), kind, 4 if kind is QUEUE else 2)
 
 
 @pytest.mark.anyio
@@ -214,10 +168,7 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
     """The connection to one server is lost: inboxes that live there, or are in a group there, hear of a gap, others do not."""
     layer = make(kind, own_pair)
     async with layer, create_task_group() as tg:
-        inboxes = []
-        for start in ("a", "b", "c", "d", "e", "f", "g", "h"):
-            subscription = layer.subscribe(prefix=start, on_gap="raise")
-            inboxes.append(await tg.start(hold, subscription))
+        inboxes = [await tg.start(partial(hold_inbox, layer, prefix=start, on_gap="raise")) for start in "abcdefgh"]
         gone = own_pair[1]
         touched = [layer._link_of(inbox.channel).endpoint.port == gone.port for inbox in inboxes]
         if False in touched:  # by chance, all may live there
@@ -236,12 +187,6 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
             with fail_after(PATIENCE):
                 assert await inbox.receive() == {"n": 1}
         tg.cancel_scope.cancel()
-
-
-async def hold(subscription: Any, *, task_status: anyio.abc.TaskStatus[Any]) -> None:
-    async with subscription as inbox:
-        task_status.started(inbox)
-        await anyio.sleep_forever()
 
 
 def group_on(layer: Any, server: RedisServer) -> str:

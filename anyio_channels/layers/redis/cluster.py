@@ -22,7 +22,7 @@ import redis.exceptions
 from anyio import Event, create_task_group, fail_after, move_on_after, sleep
 from redis.crc import key_slot
 
-from .connection import Argument, Connection, Request
+from .connection import Argument, Request
 from .endpoint import Endpoint, Host, parse_host, require_hosts
 from .link import Link, LinkRetired, Server
 from .sentinel import is_sentinel
@@ -282,23 +282,7 @@ class Cluster(Topology):
 
 
 async def _ask_node(endpoint: Endpoint) -> Any:
-    """Ask a node on a connection of its own. Raises ``OSError``, also for a time-out, and errors of the ``redis`` package."""
-    table: Any = None
-    trouble: redis.exceptions.RedisError | None = None
-    with fail_after(_ASK_SECONDS):
-        stream = await endpoint.connect()
-        connection = Connection(stream, endpoint.name, timeout=_ASK_SECONDS)
-        async with create_task_group() as tasks:
-            tasks.start_soon(connection.run)
-            try:
-                await connection.execute(*await endpoint.greeting())
-                table = await connection.execute("CLUSTER", "SLOTS")
-            except redis.exceptions.RedisError as error:
-                trouble = error
-            finally:
-                tasks.cancel_scope.cancel()
-    if trouble is not None:
-        raise trouble
+    table = await endpoint.ask("CLUSTER", "SLOTS", timeout=_ASK_SECONDS)
     if not table:
         raise redis.exceptions.ClusterDownError(f"{endpoint.name}: no node of the cluster owns a slot")
     return table

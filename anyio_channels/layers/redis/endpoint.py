@@ -17,7 +17,16 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis.exceptions
-from anyio import BrokenResourceError, EndOfStream, Event, connect_tcp, connect_unix, to_thread
+from anyio import (
+    BrokenResourceError,
+    EndOfStream,
+    Event,
+    connect_tcp,
+    connect_unix,
+    create_task_group,
+    fail_after,
+    to_thread,
+)
 from anyio.abc import ByteStream, SocketStream
 from anyio.streams.tls import TLSStream
 from redis.connection import SSLConnection, parse_url
@@ -112,6 +121,29 @@ class Endpoint:
         if self.client_name:
             hello += ["SETNAME", self.client_name]
         return hello
+
+    async def ask(self, *command: str, timeout: float) -> Any:  # noqa: ASYNC109 - of its own connection
+        """Log in on a connection of its own, send ``command``, and return the reply.
+
+        Raises ``OSError``, for a time-out too, and errors of the ``redis`` package.
+        """
+        reply: Any = None
+        trouble: redis.exceptions.RedisError | None = None
+        with fail_after(timeout):
+            stream = await self.connect()
+            connection = Connection(stream, self.name, timeout=timeout)
+            async with create_task_group() as tasks:
+                tasks.start_soon(connection.run)
+                try:
+                    await connection.execute(*await self.greeting())
+                    reply = await connection.execute(*command)
+                except redis.exceptions.RedisError as error:
+                    trouble = error
+                finally:
+                    tasks.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        return reply
 
     async def shake_hands(self, connection: Connection) -> float:
         """Log in, agree on RESP3, choose the database; return the server's time in seconds.

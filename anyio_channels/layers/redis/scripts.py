@@ -39,95 +39,80 @@ local function add(key, entry, expiry)
 end
 """
 
-SEND: Final = Script.of(
-    # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
-    # Returns how many messages had expired; if the channel is full, -1 minus that.
+_SEND: Final = (
     _NOW
     + _EXPIRE
     + _ADD
     + """
 local expired = expire(KEYS[1], ARGV[3])
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return -1 - expired end
-add(KEYS[1], ARGV[1], ARGV[3])
+local is_full = redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2])
+if not is_full then add(KEYS[1], ARGV[1], ARGV[3]) end
+"""
+)
+_TELL_READERS: Final = """
+if not is_full then redis.pcall('SPUBLISH', ARGV[4], '') end
+"""
+_SAY: Final = """
+if is_full then return -1 - expired end
 return expired
 """
+_MARK: Final = """
+if is_full then redis.call('SET', KEYS[2], 1, 'PX', math.ceil(ARGV[3] * 1000) + 10000) end
+"""
+_SAY_HOW_LONG: Final = """
+if not is_full then return {expired, -1} end
+local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
+return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
+"""
+_POP: Final = (
+    _NOW
+    + _EXPIRE
+    + """
+local expired = expire(KEYS[1], ARGV[2])
+local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
+"""
+)
+_SAY_POPPED: Final = """
+return {expired, string.format('%.6f', now), popped}
+"""
+
+SEND: Final = Script.of(
+    # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
+    # Returns how many messages had expired; if the channel is full, -1 minus that.
+    _SEND + _SAY
 )
 
 SEND_WAITING: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired, and -1 when sent; if the channel is full, milliseconds until its oldest message
     # expires, and pops will tell.
-    _NOW
-    + _EXPIRE
-    + _ADD
-    + """
-local expired = expire(KEYS[1], ARGV[3])
-if redis.call('ZCARD', KEYS[1]) < tonumber(ARGV[2]) then
-  add(KEYS[1], ARGV[1], ARGV[3])
-  return {expired, -1}
-end
-redis.call('SET', KEYS[2], 1, 'PX', math.ceil(ARGV[3] * 1000) + 10000)
-local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
-return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
-"""
+    _SEND + _MARK + _SAY_HOW_LONG
 )
 
 POP: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: how many, expiry (seconds).
     # Returns how many messages had expired, the time, and entry, score, entry, score, ... Tells senders who wait for room.
-    _NOW
-    + _EXPIRE
+    _POP
     + """
-local expired = expire(KEYS[1], ARGV[2])
-local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') end
-return {expired, string.format('%.6f', now), popped}
 """
+    + _SAY_POPPED
 )
 
 CLUSTERED: Final = {
     # What a cluster runs in their place: one key, for two would not be found together while their slot moves. Instead of the
     # marker in the key, and of a blocking pop, who waits is told by sharded pub/sub; its channel is in the slot of the key,
     # and the last of ARGV.
-    SEND: Script.of(
-        # KEYS: channel. ARGV: entry, capacity, expiry (seconds), where readers listen. Returns what SEND does.
-        _NOW
-        + _EXPIRE
-        + _ADD
-        + """
-local expired = expire(KEYS[1], ARGV[3])
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return -1 - expired end
-add(KEYS[1], ARGV[1], ARGV[3])
-redis.pcall('SPUBLISH', ARGV[4], '')
-return expired
-"""
-    ),
-    SEND_WAITING: Script.of(
-        # KEYS: channel. ARGV: entry, capacity, expiry (seconds), where readers listen. Returns what SEND_WAITING does.
-        _NOW
-        + _EXPIRE
-        + _ADD
-        + """
-local expired = expire(KEYS[1], ARGV[3])
-if redis.call('ZCARD', KEYS[1]) < tonumber(ARGV[2]) then
-  add(KEYS[1], ARGV[1], ARGV[3])
-  redis.pcall('SPUBLISH', ARGV[4], '')
-  return {expired, -1}
-end
-local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
-return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
-"""
-    ),
+    # ARGV: entry, capacity, expiry (seconds), where readers listen.
+    SEND: Script.of(_SEND + _TELL_READERS + _SAY),
+    SEND_WAITING: Script.of(_SEND + _TELL_READERS + _SAY_HOW_LONG),
     POP: Script.of(
-        # KEYS: channel. ARGV: how many, expiry (seconds), where senders listen for room. Returns what POP does.
-        _NOW
-        + _EXPIRE
+        # ARGV: how many, expiry (seconds), where senders listen for room.
+        _POP
         + """
-local expired = expire(KEYS[1], ARGV[2])
-local popped = redis.call('ZPOPMIN', KEYS[1], ARGV[1])
 if expired > 0 or #popped > 0 then redis.pcall('SPUBLISH', ARGV[3], '') end
-return {expired, string.format('%.6f', now), popped}
 """
+        + _SAY_POPPED
     ),
 }
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import redis.exceptions
-from anyio import create_task_group, move_on_after
+from anyio import create_task_group
 from anyio.abc import ByteStream
 
 from .connection import Connection
@@ -46,6 +46,7 @@ class Sentinels:
         self._found: Endpoint | None = None
         self._doubted: tuple[str, int] | None = None
         self._turn = 0
+        self._question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master_name)
 
     @property
     def name(self) -> str:
@@ -87,9 +88,9 @@ class Sentinels:
 
         async def ask(sentinel: Endpoint) -> None:
             try:
-                answer = await _address_of_primary(sentinel, self.master_name)
+                answer = _address(await sentinel.ask(*self._question, timeout=_ASK_SECONDS))
             except (OSError, redis.exceptions.RedisError) as error:
-                troubles.append(f"{sentinel.host}:{sentinel.port}: {error}")
+                troubles.append(f"{sentinel.host}:{sentinel.port}: {str(error) or 'it did not answer in time'}")
                 return
             answers.append(answer)
             if answer != self._doubted:
@@ -117,8 +118,7 @@ class Sentinels:
         async def listen(connection: Connection) -> None:
             await connection.execute("SUBSCRIBE", "+switch-master")
             # It may have been said while nobody listened.
-            address = await _ask_for_primary(connection, self.master_name)
-            switched(self.name_at(address))
+            switched(self.name_at(_address(await connection.execute(*self._question))))
 
         return Link(
             _AnySentinel(self),
@@ -158,30 +158,8 @@ class _AnySentinel:
         return time.time()
 
 
-async def _address_of_primary(sentinel: Endpoint, master_name: str) -> tuple[str, int]:
-    address: tuple[str, int] | None = None
-    trouble: redis.exceptions.RedisError | None = None
-    with move_on_after(_ASK_SECONDS):
-        stream = await sentinel.connect()
-        connection = Connection(stream, f"Sentinel at {sentinel.host}:{sentinel.port}", timeout=_ASK_SECONDS)
-        async with create_task_group() as tasks:
-            tasks.start_soon(connection.run)
-            try:
-                await connection.execute(*await sentinel.greeting())
-                address = await _ask_for_primary(connection, master_name)
-            except redis.exceptions.RedisError as error:
-                trouble = error
-            finally:
-                tasks.cancel_scope.cancel()
-    if trouble is not None:
-        raise trouble
-    if address is None:
-        raise TimeoutError("it did not answer in time")
-    return address
-
-
-async def _ask_for_primary(connection: Connection, master_name: str) -> tuple[str, int]:
-    reply = await connection.execute("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master_name)
+def _address(reply: Any) -> tuple[str, int]:
+    """Return what GET-MASTER-ADDR-BY-NAME said."""
     if reply is None:
         raise redis.exceptions.ConnectionError("it knows no such primary")
     return reply[0].decode(), int(reply[1])
