@@ -287,6 +287,11 @@ async def test_clusterdown(cluster: RedisCluster) -> None:
             cluster.ask(node, "DELSLOTS", slot)
         with pytest.raises(redis.exceptions.ClusterDownError, match="Hash slot not served"):
             await hasty.send("work", {"n": 0})
+        await hasty.group_add("room", "work")
+        await hasty.group_add("room", "other")
+        with pytest.raises(redis.exceptions.ClusterDownError, match="Hash slot not served"):
+            await hasty.group_send("room", {"n": 0})
+        assert await hasty.receive("other") == {"n": 0}
         async with create_task_group() as tg:
             got: list[Any] = []
 
@@ -422,3 +427,180 @@ def test_slots_of_what_belongs_together() -> None:
                 == key_slot(key.encode())
             )
     assert Cluster(None).name == "Redis Cluster at localhost:6379"
+
+
+def other_owner(layer: Any, key: str) -> Any:
+    """A link to a node that does not own ``key``."""
+    owner = layer._topology.owner("", key)
+    return next(link for link in layer._topology.links if link is not owner)
+
+
+@pytest.mark.anyio
+@both
+async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> None:
+    """Whatever a process does first after a change that it did not hear of, it is sent on."""
+    async with make(kind, quiet.hosts) as layer, make(kind, quiet.hosts, prefix=new_prefix()) as other:
+        topology = layer._topology
+        right = list(topology._owners)
+        for number in range(3):
+            topology._owners = [topology.links[number]] * len(right)
+            async with layer.subscribe(f"room{number}") as inbox:
+                topology._owners = [topology.links[(number + 1) % 3]] * len(right)
+                await layer.group_send(f"room{number}", {"n": 1})
+                topology._owners = [topology.links[(number + 2) % 3]] * len(right)
+                with fail_after(PATIENCE):
+                    assert await inbox.receive() == {"n": 1}
+                await layer.send(inbox.channel, {"n": 2})
+                with fail_after(PATIENCE):
+                    assert await inbox.receive() == {"n": 2}
+                topology._owners = [topology.links[number]] * len(right)  # leaving goes astray as well
+        topology.refresh_soon()
+        await until(lambda: topology._owners == right)
+        for number in range(3):
+            with fail_after(PATIENCE):
+                while kind is QUEUE and await other.group_channels(f"room{number}"):
+                    await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
+    """A subscription that is asked for, restored or waited for at the wrong node, or given up meanwhile, ends where it should."""
+    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
+        name = inbox.channel
+        wrong = other_owner(layer, name)
+        # Restored at the wrong node.
+        layer.subscriptions.wanted[name].link = wrong
+        layer.subscriptions.wanted[name].confirmed = False
+        wrong.connection.end("the test said so")
+        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        # Asked for at the wrong node.
+        layer.subscriptions.wanted[name].link = wrong
+        layer.subscriptions.wanted[name].confirmed = False
+        layer._topology._moved_at.clear()
+        layer.subscriptions.ask(name)
+        layer.subscriptions.ask(name)
+        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        # The server says that it ended one, also one that nobody wants any more; and one given up before it is confirmed.
+        layer._pushed([b"sunsubscribe", name.encode(), 0])
+        layer._pushed([b"sunsubscribe", b"unknown", 0])
+        assert not hears(layer, name)
+        await until(lambda: hears(layer, name))
+        layer.subscriptions.want("given up")
+        layer.subscriptions.ask("given up")
+        layer.subscriptions.unwant("given up")
+        # Two nodes that send one back and forth do so with pauses.
+        moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.endpoint.port}")
+        owner = layer._topology.owner("", name)
+        layer._topology._moved_at.clear()
+        layer._topology.follow(moved)
+        assert layer._topology.owner("", name) is wrong
+        layer._topology._assign({key_slot(name.encode()): owner})
+        layer._topology.follow(moved)
+        assert layer._topology.owner("", name) is owner
+        await layer.send(name, {"n": 1})
+        await until(lambda: hears(layer, name))
+        await layer.send(name, {"n": 2})
+        with fail_after(PATIENCE):
+            while (await inbox.receive()) != {"n": 2}:
+                pass
+
+
+@pytest.mark.anyio
+@both
+async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisCluster) -> None:
+    """A caller that waits for a node's connection is sent on when that node is not used any more."""
+    async with make(kind, quiet.hosts) as layer, create_task_group() as tg:
+        topology = layer._topology
+        right = list(topology._owners)
+        topology._owners = [topology.link_to(("127.0.0.1", free_port()))] * len(right)
+        inboxes: list[Any] = []
+
+        async def subscribe() -> None:
+            inboxes.append(await tg.start(hold_inbox, layer, "room"))
+
+        tg.start_soon(subscribe)
+        tg.start_soon(layer.send, "anywhere", {"n": 1})
+        await anyio.wait_all_tasks_blocked()
+        topology.refresh_soon()
+        await until(lambda: inboxes and topology._owners == right)
+        await layer.group_send("room", {"n": 1})
+        with fail_after(PATIENCE):
+            assert await inboxes[0].receive() == {"n": 1}
+        assert len(topology.links) == 3
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_what_is_heard_while_a_message_is_fetched(quiet: RedisCluster) -> None:
+    """It makes another fetch follow, when the first found nothing."""
+    async with make(QUEUE, quiet.hosts) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("work"))
+
+        tg.start_soon(read)
+        await until(lambda: layer._notices.blocked)
+        source = layer._here.channels["work"]
+        layer._notices.heard(source.key)
+        assert source.fetching
+        layer._notices.heard(source.key)
+        await until(lambda: layer._notices.blocked)
+        layer._notices.heard("unknown")
+        layer._notices.heard(next(iter(layer._notices.own), source.key))
+        await layer.send("work", {"n": 1})
+        await until(lambda: got == [{"n": 1}])
+
+
+@pytest.mark.anyio
+@both
+async def test_a_prefix_with_a_tag(kind: Kind, quiet: RedisCluster) -> None:
+    """All is on one node; the others are kept alive all the same."""
+    async with make(kind, quiet.hosts, prefix="{" + new_prefix() + "}", keep_alive=0.05) as layer:
+        async with layer.subscribe("room") as inbox:
+            before = layer.statistics().commands
+            await until(lambda: layer.statistics().commands > before + 12)
+            await layer.group_send("room", {"n": 1})
+            with fail_after(PATIENCE):
+                assert await inbox.receive() == {"n": 1}
+
+
+@pytest.mark.anyio
+async def test_a_migration_that_does_not_go_on(cluster: RedisCluster) -> None:
+    """A reader hears what is sent to the new node; nodes that contradict each other are told of in the end."""
+    async with (
+        make(QUEUE, cluster.hosts) as layer,
+        make(QUEUE, cluster.hosts, prefix=layer.prefix, timeout=0.4) as hasty,
+        layer.subscribe("room") as inbox,
+    ):
+        for key in (layer.channel_key(inbox.channel), layer.group_key("room")):
+            slot = key_slot(key.encode())
+            source = cluster.owner(slot)
+            target = next(node for node in cluster.nodes[:3] if node is not source)
+            cluster.ask(target, "SETSLOT", slot, "IMPORTING", cluster.ask(source, "MYID"))
+            cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
+        with source.client() as client:
+            client.execute_command("MIGRATE", target.host, target.port, layer.group_key("room"), 0, 5000)
+        await layer.send(inbox.channel, {"n": 1})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 1}
+        await inbox.leave("room")
+        layer.leave_soon([("room", inbox.channel)])
+        assert await layer.group_channels("room") == set()
+        cluster.ask(target, "SETSLOT", slot, "STABLE")  # it sends back who is sent to it
+        with pytest.raises(redis.exceptions.AskError):
+            await hasty.group_add("room", "work")
+        target.kill()
+        with pytest.raises(redis.exceptions.ConnectionError, match=rf":{target.port}\b"):
+            await hasty.group_add("room", "work")
+
+
+@pytest.mark.anyio
+async def test_asking_who_owns_what(quiet: RedisCluster) -> None:
+    """A node that was lost is passed over; if all were, those that were named are asked."""
+    async with make(QUEUE, quiet.hosts) as layer:
+        for link in layer._topology.links:
+            link.connection.end("the test said so")
+        host, table = await layer._topology._ask()
+        assert host == "127.0.0.1"
+        assert len(table) == 3

@@ -212,6 +212,19 @@ async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
 
 
 @pytest.mark.anyio
+async def test_what_is_said_to_those_who_listen(quiet: Sentinels) -> None:
+    """Only what is said of our primary counts, and only if it can be understood; the connection is kept alive."""
+    async with make(QUEUE, quiet.host, keep_alive=0.05) as layer:
+        (watch,) = [link for link in layer._links if link not in layer._topology.links]
+        await until(lambda: watch.connection is not None)
+        for said in (b"other 127.0.0.1 1 127.0.0.1 2", b"mymaster 127.0.0.1", b"mymaster a b c d", b""):
+            watch._on_push([b"message", b"+switch-master", said])
+        before = watch.connection.commands
+        await until(lambda: watch.connection.commands > before + 2)
+        assert layer.statistics().reconnects == 0
+
+
+@pytest.mark.anyio
 async def test_passwords(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Sentinels and the primary have each a password; none of them is in an error."""
     with Sentinels(tmp_path_factory.mktemp("passwords")) as sentinels:

@@ -10,7 +10,6 @@ Rules (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,10 +18,10 @@ from functools import lru_cache
 from typing import Any, Final, cast
 
 import redis.exceptions
-from anyio import Event, create_task_group, fail_after, move_on_after, sleep
+from anyio import Event, create_task_group, move_on_after, sleep
 from redis.crc import key_slot
 
-from .connection import Argument, Request
+from .connection import Argument, Connection, Request
 from .endpoint import Endpoint, Host, parse_host, require_hosts
 from .link import Link, LinkRetired, Server
 from .sentinel import is_sentinel
@@ -34,8 +33,10 @@ _SLOTS: Final = 16384
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 0.5
 _ASK_SECONDS: Final = 1.0
+_KEEP_SECONDS: Final = 10.0
+"""So long a node that slots are on their way to is kept, though it owns none yet."""
 _MOST_HOPS: Final = 16
-_AT_THIS_NODE: Final = frozenset({"PING", "SCAN", "CLUSTER", "SSUBSCRIBE", "SUNSUBSCRIBE"})
+_AT_THIS_NODE: Final = frozenset({"PING", "TIME", "SCAN", "CLUSTER", "SSUBSCRIBE", "SUNSUBSCRIBE"})
 """Commands that are for one node, whoever owns what."""
 _WAIT: Final = (
     redis.exceptions.ClusterDownError,
@@ -60,28 +61,41 @@ class ClusterLink(Link):
             return await super().execute(*command)
         give_up = time.monotonic() + self.timeout
         link: Link = self
+        hops = 0
         asking = False
         while True:
             try:
-                if not asking:
-                    return await Link.execute(link, *command)
-                with fail_after(self.timeout):
-                    connection = await link.ready()
-                connection.submit("ASKING")
-                return await connection.execute(*command)
+                if asking:
+                    return await self._ask_there(link, key, command, give_up)
+                return await Link.execute(link, *command)
             except redis.exceptions.AskError as error:
                 if time.monotonic() > give_up:
                     raise
                 asking = not isinstance(error, redis.exceptions.MovedError)
-                link = self.cluster.link_to((error.host, error.port))
+                link = self.cluster.target(error, link)
                 self.cluster.follow(error)
-            except _WAIT:
+                await sleep(_PAUSE if hops else 0)  # they may not agree yet
+                hops += 1
+            except _WAIT as error:
                 if time.monotonic() > give_up:
                     raise
-                asking = False
-                self.cluster.refresh_soon()
+                self.cluster.follow(error)
                 await sleep(_PAUSE)
+                asking = False
                 link = self.cluster.owner("", key)
+
+    async def _ask_there(self, link: Link, key: str | bytes, command: Sequence[Argument], give_up: float) -> Any:
+        """The slot is on its way to the node of ``link``, which has the key already."""
+        connection: Connection | None = None
+        with move_on_after(give_up - time.monotonic()):
+            connection = await link.ready()
+        if connection is None:
+            raise link.down_error()
+        connection.submit("ASKING")
+        reply = await connection.execute(*command)
+        if self.cluster.is_note(command[-1]):
+            self.cluster.owner("", key).submit("SPUBLISH", command[-1], "")  # who listens still does so there
+        return reply
 
     def submit(self, *command: Argument, done: Callable[[Request], object] | None = None) -> None:
         """Send ``command`` to whoever owns its key, without waiting, as ``Link.submit`` says."""
@@ -102,7 +116,7 @@ class ClusterLink(Link):
         def answered(request: Request) -> None:
             error = request.error
             if isinstance(error, redis.exceptions.AskError) and hops:
-                target = self.cluster.link_to((error.host, error.port))
+                target = self.cluster.target(error, link)
                 self.cluster.follow(error)
                 is_ask = not isinstance(error, redis.exceptions.MovedError)
                 self._submit(target, command, done, hops - 1, asking=is_ask)
@@ -119,6 +133,7 @@ class Cluster(Topology):
 
     link_class = ClusterLink
     clustered = True
+    passing = (*_WAIT, redis.exceptions.MovedError)
 
     def __init__(self, hosts: Sequence[Host] | None) -> None:
         """``hosts``: some of the nodes, with what it takes to log in, which is the same at all of them."""
@@ -134,6 +149,7 @@ class Cluster(Topology):
             self._first.append(endpoint)
         self.endpoints = [*self._first]
         self.links = []
+        self.is_note = lambda _: False
 
     @property
     def name(self) -> str:
@@ -155,7 +171,9 @@ class Cluster(Topology):
         self._owners: list[Link | None] = [None] * _SLOTS
         self._bell = Event()
         self._leaving: list[Link] = []
-        self._keys: dict[tuple[Link, str], str] = {}
+        self._turn = 0
+        self._moved_at: dict[int, float] = {}
+        self._kept_until: dict[Link, float] = {}
         self.links = []
         error: Exception = redis.exceptions.ConnectionError(f"{self.name} did not answer in time")
         self._keep_alive = options.keep_alive
@@ -173,18 +191,14 @@ class Cluster(Topology):
         self._serve = serve
         self._changed = changed
 
-    def owner(self, name: str, key: str) -> Link:  # noqa: ARG002 - a cluster goes by the key
+    def owner(self, name: str, key: str | bytes) -> Link:  # noqa: ARG002 - a cluster goes by the key
         """Return the link to the node that owns ``key``."""
-        return self._owners[_slot(key)] or self.links[0]
+        return self.owner_of_slot(_slot(key))
 
-    def key_at(self, link: Link, key: str) -> str:
-        """Return a key that begins with ``key`` and that the node of ``link`` owns."""
-        found = self._keys.get((link, key))
-        if found is None or self._owners[_slot(found)] is not link:
-            tries = (f"{key}:{{{number}}}" for number in itertools.count())
-            found = next(one for one in tries if self._owners[_slot(one)] is link or link not in self._owners)
-            self._keys[link, key] = found
-        return found
+    def key_at(self, link: Link, key: str) -> str | None:
+        """Return a key that begins with ``key`` and that the node of ``link`` owns, if one is found soon."""
+        tries = (f"{key}:{{{number}}}" for number in range(32 * len(self.links)))
+        return next((one for one in tries if self._owners[_slot(one)] is link), None)
 
     def link_to(self, address: Address) -> Link:
         """Find or make the link to the node at ``address``."""
@@ -198,11 +212,26 @@ class Cluster(Topology):
             self._serve(link)
         return link
 
-    def follow(self, error: redis.exceptions.AskError) -> None:
-        """A node said MOVED: another one owns that slot now, and perhaps more. ASK changes nothing yet."""
-        if isinstance(error, redis.exceptions.MovedError):
-            self._assign({error.slot_id: self.link_to((error.host, error.port))})
+    def target(self, error: redis.exceptions.AskError, link: Link) -> Link:
+        """Return the link to the node that ``error``, said by the node of ``link``, names; without a host, it is the same."""
+        target = self.link_to((error.host or cast("Endpoint", link.endpoint).host, error.port))
+        if not isinstance(error, redis.exceptions.MovedError):
+            self._kept_until[target] = time.monotonic() + _KEEP_SECONDS
+        return target
+
+    def follow(self, error: redis.exceptions.RedisError) -> None:
+        """A node said MOVED: another one owns that slot now, and perhaps more; or it cannot serve it now."""
+        if not isinstance(error, redis.exceptions.AskError) or isinstance(error, redis.exceptions.MovedError):
             self.refresh_soon()
+        if isinstance(error, redis.exceptions.MovedError):
+            now = time.monotonic()
+            if now - self._moved_at.get(error.slot_id, -1.0) > _PAUSE:  # nodes that disagree send one back and forth
+                self._moved_at[error.slot_id] = now
+                self._assign({error.slot_id: self.target(error, self.owner_of_slot(error.slot_id))})
+
+    def owner_of_slot(self, slot: int) -> Link:
+        """Return the link to the node that owns ``slot``."""
+        return self._owners[slot] or self.links[0]
 
     def refresh_soon(self) -> None:
         """Ask who owns what."""
@@ -223,41 +252,58 @@ class Cluster(Topology):
                     for link in leaving:
                         tasks.start_soon(link.retire)
                     if all(link.connection is not None for link in self.links):
+                        self._moved_at.clear()
                         break
                     await sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
 
     # The inside
 
-    async def _ask(self) -> Any:
-        for link in self.links:
+    async def _ask(self) -> list[Any]:
+        """Return what CLUSTER SLOTS says, and the host that said so; from a node that we have a connection to, if any answers."""
+        self._turn += 1
+        turn = self._turn % len(self.links)
+        for link in self.links[turn:] + self.links[:turn]:
             if link.connection is not None:
-                with move_on_after(_ASK_SECONDS):
-                    return await link.connection.execute("CLUSTER", "SLOTS")
+                with suppress(redis.exceptions.RedisError), move_on_after(_ASK_SECONDS):
+                    table = await link.connection.execute("CLUSTER", "SLOTS")
+                    if table:
+                        return [cast("Endpoint", link.endpoint).host, table]
         return await self._ask_first()
 
-    async def _ask_first(self) -> Any:
-        error: Exception = redis.exceptions.ConnectionError(f"{self.name} did not answer in time")
-        for endpoint in self._first:
-            try:
-                return await _ask_node(endpoint)
-            except TimeoutError:
-                continue
-            except OSError as caught:
-                error = redis.exceptions.ConnectionError(f"{endpoint.name} cannot be reached: {caught}")
-            except redis.exceptions.RedisError as caught:
-                error = caught
-        raise error
+    async def _ask_first(self) -> list[Any]:
+        """As ``_ask``, from the nodes that were named: all at the same time, the first answer counts."""
+        answers: list[list[Any]] = []
+        errors: list[redis.exceptions.RedisError] = []
 
-    def _apply(self, table: Any) -> None:
+        async def ask(endpoint: Endpoint) -> None:
+            try:
+                answers.append([endpoint.host, await _ask_node(endpoint)])
+                asking.cancel_scope.cancel()
+            except OSError as caught:
+                why = str(caught) or "it did not answer in time"
+                errors.append(redis.exceptions.ConnectionError(f"{endpoint.name} cannot be reached: {why}"))
+            except redis.exceptions.RedisError as caught:
+                errors.append(caught)
+
+        async with create_task_group() as asking:
+            for endpoint in self._first:
+                asking.start_soon(ask, endpoint)
+        if not answers:
+            raise errors[-1]
+        return answers[0]
+
+    def _apply(self, answer: list[Any]) -> None:
         """Take over what CLUSTER SLOTS said."""
+        its_host, table = answer
         found: dict[int, Link] = {}
         for first, last, (host, port, *_), *_ in table:
             # A node that does not know its own address leaves it out.
-            address = ((host or b"").decode() or self._first[0].host, port)
-            link = self.link_to(address)
+            link = self.link_to(((host or b"").decode() or its_host, port))
             found.update(dict.fromkeys(range(first, last + 1), link))
-        used = set(found.values())
+        now = time.monotonic()
+        self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
+        used = {*found.values(), *self._kept_until}
         self._leaving += [link for link in self.links if link not in used]
         self.links = [link for link in self.links if link in used]
         for link in self._leaving:
@@ -288,14 +334,15 @@ async def _ask_node(endpoint: Endpoint) -> Any:
     return table
 
 
-def _key_of(command: Sequence[Argument]) -> str | None:
+def _key_of(command: Sequence[Argument]) -> str | bytes | None:
     """Return the key that says where ``command`` belongs, if one does."""
     if command[0] in _AT_THIS_NODE:
         return None
-    return str(command[3] if command[0] in {"EVAL", "EVALSHA"} else command[1])
+    key = command[3] if command[0] in {"EVAL", "EVALSHA"} else command[1]
+    return key if isinstance(key, bytes) else str(key)
 
 
 @lru_cache(maxsize=65536)
-def _slot(key: str) -> int:
-    slot: int = key_slot(key.encode())
+def _slot(key: str | bytes) -> int:
+    slot: int = key_slot(key.encode() if isinstance(key, str) else key)
     return slot

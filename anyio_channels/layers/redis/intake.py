@@ -117,6 +117,8 @@ class QueueIntake(RedisLayer):
         self._expired_there = 0
         self._poppers: dict[Link, Popper | Notices] = {}
         self._notices = Notices(self)
+        notes = (f"{self.prefix}:sent:{{", f"{self.prefix}:room:{{")
+        self._topology.is_note = lambda text: isinstance(text, str) and text.startswith(notes)
         # A blocking pop listens for itself; in a cluster these are the channels of note_key().
         self.subscriptions: Subscriptions = Subscriptions(
             self._topology, self._execute, self._log_forbidden, self._listening
@@ -211,17 +213,18 @@ class QueueIntake(RedisLayer):
             popper.block(channel)
             return
         channel.fetching = True
-        popper.fetches += 1
-        self.pop_soon(channel.key, channel.demand, done=partial(self._fetched, channel, popper))
+        popper.fetches[link] += 1
+        self.pop_soon(channel.key, channel.demand, done=partial(self._fetched, channel, link))
 
-    def _fetched(self, channel: QueueChannel, popper: Popper | Notices, request: Request) -> None:
+    def _fetched(self, channel: QueueChannel, link: Link, request: Request) -> None:
         channel.fetching = False
-        popper.fetches -= 1
+        popper = self._poppers[link]
+        popper.fetches[link] -= 1
         if request.error is None:
             self._popped(channel, request.reply)
         elif not isinstance(request.error, PASSING):
             self._fail_readers(channel, request.error)
-        elif not isinstance(request.error, ConnectionLost):
+        else:
             popper.refused(request.error)
         if channel.demand:
             popper.block(channel)
@@ -388,8 +391,8 @@ class QueueIntake(RedisLayer):
 
     async def _wind_up(self, link: Link) -> None:
         popper = self._poppers[link]
-        await popper.until_ended()
-        while popper.fetches:
+        await popper.wind_up()
+        while popper.fetches[link]:
             await link.execute("PING")
         await link.ready()
         late = [one for one in self._late if self._link_of(one[0].name) is link]

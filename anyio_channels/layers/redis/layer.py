@@ -268,12 +268,12 @@ class RedisLayer(BaseChannelLayer):
         if len(links) == 1:
             await call(links[0])
             return
-        errors: list[redis.exceptions.RedisError] = []
+        errors: list[Exception] = []
 
         async def try_call(link: Link) -> None:
             try:
                 await call(link)
-            except redis.exceptions.RedisError as error:
+            except (redis.exceptions.RedisError, ClosedResourceError) as error:
                 errors.append(error)
 
         async with create_task_group() as tasks:

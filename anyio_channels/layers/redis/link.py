@@ -225,7 +225,7 @@ class Link:
             while self.connection is None and not self.refused:
                 await self._news.wait()
         if self.connection is None:
-            raise self._down_error()
+            raise self.down_error()
 
     async def execute(self, *command: Argument) -> Any:
         """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
@@ -240,7 +240,7 @@ class Link:
         with move_on_after(self.timeout):
             connection = await self.ready()
         if connection is None:
-            raise self._down_error()
+            raise self.down_error()
         return await connection.execute(*command, timeout=max(0.0, before + self.timeout - time.monotonic()))
 
     async def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
@@ -257,20 +257,20 @@ class Link:
         """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
         if self.connection is None:
             request = Request(command, 0.0, done)
-            request.error = self._down_error()
+            request.error = self.down_error()
             request.settle()
         else:
             self.connection.submit(*command, done=done)
 
     def call_soon(
-        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object] | None = None
+        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
     ) -> None:
         """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request."""
 
         def again(request: Request) -> None:
             if isinstance(request.error, redis.exceptions.NoScriptError):
                 self.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
-            elif done is not None:
+            else:
                 done(request)
 
         self.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
@@ -319,7 +319,8 @@ class Link:
         self._news.set()
         self._news = Event()
 
-    def _down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
+    def down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
+        """Return the error that says why there is no connection."""
         error = self.error
         if isinstance(error, redis.exceptions.AuthenticationError):
             return redis.exceptions.AuthenticationError(_said(error))

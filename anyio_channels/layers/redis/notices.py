@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -33,10 +34,11 @@ class Notices:
         self.own: dict[str, str] = {}
         self.blocked: dict[str, QueueChannel] = {}
         self.trouble: Exception | None = None
-        self.fetches: int = 0
+        self.fetches: Counter[Link] = Counter()
         self._layer = layer
         self._draining: set[str] = set()
         self._again: set[str] = set()
+        self._meanwhile: set[str] = set()  # normal channels of which something was heard while they were fetched
         self._ended: Event | None = None
 
     def commands_up(self) -> None:
@@ -55,6 +57,10 @@ class Notices:
 
     def block(self, channel: QueueChannel) -> None:
         """Wait for a message to the normal ``channel``."""
+        if channel.key in self._meanwhile:
+            self._meanwhile.discard(channel.key)
+            self._layer.fetch(channel)
+            return
         channel.blocked = True
         self.blocked[channel.key] = channel
         self._listen(channel.key)
@@ -64,6 +70,7 @@ class Notices:
         if self.blocked.pop(channel.key, None) is not None:
             channel.blocked = False
             self._layer.look_after(channel)
+        self._meanwhile.discard(channel.key)
         self._layer.subscriptions.unwant(self._layer.note_key(channel.key))
 
     def _listen(self, key: str) -> None:
@@ -79,6 +86,11 @@ class Notices:
             channel = self.blocked.pop(key)
             channel.blocked = False
             self._layer.fetch(channel)
+        elif self._layer.note_key(key) in self._layer.subscriptions.wanted:
+            self._meanwhile.add(key)
+
+    async def wind_up(self) -> None:
+        """Nothing that is on its way here is to be given back, but for what is fetched."""
 
     async def until_ended(self) -> None:
         """Wait for all that was popped before this call; for as long as the caller allows."""
@@ -113,7 +125,7 @@ class Notices:
             for entry, score in zip(entries[::2], entries[1::2], strict=True):
                 self._layer.put_own(key, self.own[key], entry, float(score), float(now))
             more = more or len(entries) >= 2 * _DRAIN
-        elif not isinstance(request.error, ConnectionLost):  # after that, the subscription is confirmed again
+        else:
             if not isinstance(request.error, PASSING):
                 self._layer.fail_own([key], request.error)
             self.refused(request.error)
@@ -125,7 +137,8 @@ class Notices:
 
     def refused(self, error: Exception) -> None:
         """A node does not pop, for a while."""
-        self._layer.log_pop_refused(error)
+        if not isinstance(error, ConnectionLost):
+            self._layer.log_pop_refused(error)
         self.trouble = error
         self._layer.note_chore()
 

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +33,7 @@ PASSING: Final = (
     redis.exceptions.MasterDownError,
     redis.exceptions.TryAgainError,
     redis.exceptions.ClusterDownError,
+    redis.exceptions.AskError,
 )
 """What will pass: readers wait."""
 
@@ -49,7 +51,7 @@ class Popper:
         self.waking: bool = False
         self.trouble: Exception | None = None
         """Why the pop was refused, until it is tried again."""
-        self.fetches: int = 0
+        self.fetches: Counter[Link] = Counter()
         """Pops in flight on the connection for commands."""
         self.pops_many: bool = False
         self._layer = layer
@@ -140,6 +142,10 @@ class Popper:
             self._ended = ended = self._ended or Event()
             self.wake()
             await ended.wait()
+
+    async def wind_up(self) -> None:
+        """Wait for what may be on its way to a reader, to be given back."""
+        await self.until_ended()
 
     async def forget_keys(self, link: Link) -> None:
         """Remove what only this process reads, and the wake key."""

@@ -376,6 +376,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         if link.connects > 1:
             self.mark_outage(link)
             self._tell_channels(self.on_reconnect)
+        self.subscriptions.restored(link)
 
     def _down(self, link: Link) -> None:
         self.subscriptions.lost(link)

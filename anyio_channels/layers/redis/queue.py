@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final
 
@@ -213,7 +214,7 @@ class RedisChannelLayer(QueueIntake):
             if int(cursor) == 0:
                 break
         for key in _keys_of(self.prefix.encode(), found):
-            link.submit("UNLINK", key.decode("utf-8", "surrogateescape"))
+            link.submit("UNLINK", key)
         await self._execute(link, "PING")
         with move_on_after(self.timeout):
             await self._poppers[link].until_ended()  # what was popped before may be on its way
@@ -294,14 +295,14 @@ class RedisChannelLayer(QueueIntake):
     async def _send_to_slots(self, link: Link, group: str, batch: list[list[str]], arguments: list[Any]) -> None:
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""
         missed = 0
-        errors: list[redis.exceptions.RedisError] = []
+        errors: list[Exception] = []
 
         async def send(names: list[str], capacity: int, entry: bytes) -> None:
             nonlocal missed
             try:
                 if not await self._send_now(link, self.channel_key(names[0]), entry, capacity):
                     missed += len(names)
-            except redis.exceptions.RedisError as error:
+            except (redis.exceptions.RedisError, ClosedResourceError) as error:
                 errors.append(error)
             else:
                 self._sent += len(names)
@@ -431,9 +432,11 @@ class RedisChannelLayer(QueueIntake):
                     self._expired_there += expired
                     if wait < 0:
                         return
+                    link = self._topology.owner(key[len(self.prefix) :], key)  # it may have moved
                     if listening_to is not link.connection:
                         listening_to = link.connection
-                        await self._execute(link, self._subscribe, marker)
+                        with suppress(*self._topology.passing):
+                            await self._execute(link, self._subscribe, marker)
                         continue  # room may have been made meanwhile
                     with move_on_after(min(wait / 1000, _RECHECK)):
                         await room.bell.wait()
@@ -469,7 +472,9 @@ class RedisChannelLayer(QueueIntake):
         """A connection for commands is up: say what this process holds."""
         if link.connects > 1:
             self.mark_outage(link)
-        link.call_soon(TICK, [self._topology.key_at(link, self._prefix_key)], self._prefix_life, done=_log_refusal)
+        key = self._topology.key_at(link, self._prefix_key)
+        if key is not None:
+            link.call_soon(TICK, [key], self._prefix_life, done=_log_refusal)
         self._leave_now()
         self._rejoin(link)
         for room in self._rooms.values():
@@ -498,6 +503,7 @@ class RedisChannelLayer(QueueIntake):
         if lost:
             self._mark_gaps(lambda _, key: key_slot(key.encode()) in lost)
         self.subscriptions.move()
+        self.note_chore()
 
     @property
     def _tick_seconds(self) -> float:
@@ -514,7 +520,12 @@ class RedisChannelLayer(QueueIntake):
 
     async def _tick(self, link: Link) -> None:
         before = time.monotonic()
-        there, now = await link.call(TICK, [self._topology.key_at(link, self._prefix_key)], self._prefix_life)
+        key = self._topology.key_at(link, self._prefix_key)
+        there = True
+        if key is None:
+            now = await link.execute("TIME")
+        else:
+            there, now = await link.call(TICK, [key], self._prefix_life)
         link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
         self._poppers[link].set_clock(link)
         if not there or before - self._renewed_at[link] >= self.group_expiry / 3:

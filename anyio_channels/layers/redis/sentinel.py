@@ -29,6 +29,7 @@ __all__ = ["Sentinels", "is_sentinel", "parse_sentinel"]
 _SCHEMES: Final = ("redis+sentinel", "rediss+sentinel")
 _HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
 _DEFAULT_PORT: Final = 26379
+_SWITCH_WORDS: Final = 5
 _ASK_SECONDS: Final = 1.0
 """How long one sentinel may take to answer."""
 
@@ -112,7 +113,7 @@ class Sentinels:
 
         def hear(push: list[Any]) -> None:
             said = push[-1].split() if push[:2] == [b"message", b"+switch-master"] else []
-            if said[:1] == [self.master_name.encode()]:
+            if said[:1] == [self.master_name.encode()] and len(said) == _SWITCH_WORDS and said[4].isdigit():
                 switched(self.name_at((said[3].decode(), int(said[4]))))
 
         async def listen(connection: Connection) -> None:

@@ -9,17 +9,21 @@ Rules:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import redis.exceptions
+from anyio import sleep
 
 from .connection import Connection, Request
-from .link import Link, LinkRetired
+from .link import Link
 from .topology import Topology
 
 __all__ = ["Subscription", "Subscriptions"]
+
+_PAUSE: Final = 0.05
 
 
 class Subscription:
@@ -72,21 +76,28 @@ class Subscriptions:
 
     async def confirm(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has."""
-        subscription = self.wanted[name]
-        while not subscription.confirmed:
+        give_up = time.monotonic() + self.wanted[name].link.timeout
+        while not (subscription := self.wanted[name]).confirmed:
             link = subscription.link
             try:
                 await self._execute(link, self._subscribe, name)
-            except redis.exceptions.MovedError as error:
+            except self._topology.passing as error:
+                if time.monotonic() > give_up:
+                    raise
                 self._topology.follow(error)
+                await sleep(_PAUSE)
+                self._renew(name)
                 continue
-            except LinkRetired:
-                subscription.link = self._topology.owner(name, name)
-                continue
-            if link is subscription.link:
+            if self.wanted.get(name) is subscription:
                 # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
                 subscription.confirmed = link.connection is not None
                 return
+
+    def _renew(self, name: str) -> None:
+        """Its owner may have changed: what was asked for elsewhere does not count any more."""
+        owner = self._topology.owner(name, name)
+        if name in self.wanted and owner is not self.wanted[name].link:
+            self.wanted[name] = Subscription(owner)
 
     def ask(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has, without waiting."""
@@ -101,15 +112,17 @@ class Subscriptions:
         subscription.asked = False
         if self.wanted.get(name) is not subscription:
             return
-        if link is not subscription.link:
-            self.ask(name)  # its slot has moved meanwhile
-        elif request.error is None:
-            subscription.confirmed = True
+        if request.error is None:
+            subscription.confirmed = link.connection is not None
             self._tell(name)
-        elif isinstance(request.error, redis.exceptions.MovedError):
-            self._topology.follow(request.error)
-        elif isinstance(request.error, redis.exceptions.ResponseError):
-            self._refused(name, request.error)
+        else:
+            self._fail(name, request.error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if isinstance(error, self._topology.passing):
+            self._topology.follow(error)
+        elif isinstance(error, redis.exceptions.ResponseError):
+            self._refused(name, error)
 
     def _tell(self, name: str) -> None:
         if self._confirmed is not None:
@@ -121,30 +134,28 @@ class Subscriptions:
         requests = [(name, connection.submit(self._subscribe, name)) for name in wanted]
         await connection.execute("PING")  # they are answered when this is
         for name, request in requests:
-            if isinstance(request.error, redis.exceptions.MovedError):
-                self._topology.follow(request.error)
-            elif isinstance(request.error, redis.exceptions.ResponseError):
-                self._refused(name, request.error)
+            if request.error is not None:
+                self._fail(name, request.error)
             elif name not in self.wanted:
                 connection.submit(self._unsubscribe, name)  # given up meanwhile
-            elif wanted[name].link is link:
+            else:
                 wanted[name].confirmed = True
 
     def restored(self, link: Link) -> None:
         """A connection on which all was restored is in use."""
         for name, subscription in tuple(self.wanted.items()):
-            if subscription.link is link and subscription.confirmed:
-                self._tell(name)
+            if subscription.link is link:
+                if subscription.confirmed:
+                    self._tell(name)
+                else:
+                    self.ask(name)  # wanted while others were being restored
 
     def move(self) -> None:
         """Slots have other owners: go there."""
         for name, subscription in tuple(self.wanted.items()):
-            owner = self._topology.owner(name, name)
-            if owner is not subscription.link:
-                if not subscription.link.retired:
-                    subscription.link.submit(self._unsubscribe, name)
-                subscription.link = owner
-                subscription.confirmed = False
+            self._renew(name)
+            if self.wanted[name] is not subscription:
+                subscription.link.submit(self._unsubscribe, name)
             self.ask(name)
 
     def dropped(self, name: str) -> None:

@@ -37,6 +37,8 @@ class Topology:
     link_class: type[Link] = Link
     clustered: bool = False
     """Whether it is a cluster: one key for each script, and sharded pub/sub."""
+    passing: tuple[type[redis.exceptions.RedisError], ...] = ()
+    """Refusals after which the owner is to be asked for again."""
 
     def __init__(self, hosts: Sequence[Host] | None) -> None:
         """Take ``hosts`` as a layer does. ``TypeError`` and ``ValueError`` for what cannot be."""
@@ -46,6 +48,8 @@ class Topology:
         if len(self.endpoints) > _RING:
             raise ValueError(f"hosts names {len(self.endpoints)} Redis servers; {_RING} is the most")
         self.links: list[Link] = []
+        self.is_note: Callable[[object], bool] = lambda _: False
+        """Whether an argument of a script is a channel on which it says what it did, in a cluster."""
 
     @property
     def name(self) -> str:
@@ -69,14 +73,14 @@ class Topology:
     async def run(self) -> None:
         """Follow changes until cancelled; these servers do not change."""
 
-    def follow(self, error: redis.exceptions.AskError) -> None:
-        """A server said that another one owns a name; only in a cluster."""
+    def follow(self, error: redis.exceptions.RedisError) -> None:
+        """A server answered with one of ``passing``; only in a cluster."""
 
-    def key_at(self, link: Link, key: str) -> str:  # noqa: ARG002 - any will do
-        """Return ``key``, or one that begins with it and is owned by the server of ``link``."""
+    def key_at(self, link: Link, key: str) -> str | None:  # noqa: ARG002 - any will do
+        """Return ``key``, or one that begins with it and is owned by the server of ``link``, if there is one."""
         return key
 
-    def owner(self, name: str, key: str) -> Link:  # noqa: ARG002 - several servers go by the name
+    def owner(self, name: str, key: str | bytes) -> Link:  # noqa: ARG002 - several servers go by the name
         """Return the link to the server that owns ``name``, whose key there is ``key``."""
         links = self.links
         if len(links) == 1:

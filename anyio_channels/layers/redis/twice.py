@@ -1,7 +1,7 @@
-"""What tells a message that was heard already from a new one, where a cluster may say it twice.
+"""What tells a message that was heard already, or that comes too late, where a cluster may say it twice.
 
 While a node takes over from another, both hand on what is published in their shard, each in its own time. So each message
-begins with who sent it and a number, and each process remembers the last numbers of each sender.
+begins with who sent it and a number that grows; of each sender, what does not come after the last one heard is dropped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ _NUMBER: Final = 4
 MARK_LENGTH: Final = _SENDER + _NUMBER
 """Bytes of a mark."""
 _NUMBERS: Final = 1 << (8 * _NUMBER)
-_WINDOW: Final = 256
-"""So many numbers before the last are remembered; what is older is taken for a repetition."""
 _MOST: Final = 65536
 """So many senders and channels are remembered."""
 
@@ -38,27 +36,19 @@ class Marks:
 
 
 class Heard:
-    """Remembers what was heard."""
+    """Remembers the last that was heard of each sender on each Redis channel."""
 
     def __init__(self) -> None:
         """Nothing yet."""
-        self._senders: OrderedDict[tuple[str, bytes], tuple[int, int]] = OrderedDict()
+        self._last: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
     def is_new(self, name: str, payload: bytes) -> bool:
-        """Whether ``payload`` was not heard on the Redis channel ``name`` before; from now on it was."""
+        """Whether ``payload`` comes after the last that was heard of its sender on the Redis channel ``name``."""
         key = (name, payload[:_SENDER])
         number = int.from_bytes(payload[_SENDER:MARK_LENGTH], "big")
-        last, mask = self._senders.pop(key, (number - 1, 0))
-        ahead = (number - last) % _NUMBERS
-        if ahead < _NUMBERS // 2:
-            is_new = ahead > 0
-            mask = (mask << ahead | 1) % (1 << _WINDOW) if ahead < _WINDOW else 1
-            last = number if is_new else last
-        else:
-            behind = _NUMBERS - ahead
-            is_new = behind < _WINDOW and not mask >> behind & 1
-            mask |= 1 << behind if is_new else 0
-        self._senders[key] = (last, mask)
-        if len(self._senders) > _MOST:
-            self._senders.popitem(last=False)
+        last = self._last.pop(key, None)
+        is_new = last is None or 0 < (number - last) % _NUMBERS < _NUMBERS // 2
+        self._last[key] = number if last is None or is_new else last
+        if len(self._last) > _MOST:
+            self._last.popitem(last=False)
         return is_new
