@@ -229,6 +229,23 @@ async def test_unsubscribe_from_nothing() -> None:
         assert await connection.execute("PING") == b"OK"
 
 
+async def test_a_subscription_that_both_sides_end() -> None:
+    """A cluster ends a subscription at the moment when we do: its push is no answer to the next, nor is its late refusal."""
+    stream = ScriptedStream()
+    pushes: list[list[Any]] = []
+    async with serving(stream, on_push=pushes.append) as connection:
+        done: list[Request] = []
+        connection.submit("SUNSUBSCRIBE", "a", done=done.append)
+        connection.fence()
+        connection.submit("GET", "k", done=done.append)
+        await stream.wrote()
+        ended = b">3\r\n+sunsubscribe\r\n+%s\r\n:0\r\n"
+        stream.feed(ended % b"other" + ended % b"a" + b"-MOVED 1 127.0.0.1:1\r\n+PONG\r\n:1\r\n")
+        await settle()
+        assert [request.result() for request in done] == [[b"sunsubscribe", b"a", 0], 1]
+        assert pushes == [[b"sunsubscribe", b"other", 0]]
+
+
 async def test_subscribe_may_be_refused() -> None:
     """An error in the place of the pushes is the reply to SUBSCRIBE, and whoever is behind gets his own."""
     stream = ScriptedStream()

@@ -604,3 +604,32 @@ async def test_asking_who_owns_what(quiet: RedisCluster) -> None:
         host, table = await layer._topology._ask()
         assert host == "127.0.0.1"
         assert len(table) == 3
+
+
+@pytest.mark.anyio
+async def test_giving_back_to_a_node_that_is_just_found(quiet: RedisCluster) -> None:
+    """A message that cannot be given back yet is kept for a reader here, and given back later."""
+    async with make(QUEUE, quiet.hosts) as layer:
+        await layer.send("work", {"n": 1})
+        key = layer.channel_key("work")
+        slot = key_slot(key.encode())
+        owner = layer._topology.owner("", key)
+        with anyio.CancelScope() as scope:
+            source = layer._channel("work")
+            scope.cancel()
+            await layer.receive("work")
+        layer.pop_soon(key, 1, lambda request: layer._popped(source, request.reply))
+        await until(lambda: source.entries)
+        layer._topology._assign({slot: layer._topology.link_to(("127.0.0.1", free_port()))})
+        layer.look_after(source)
+        new = layer._topology.owner("", key)
+        layer._give_back(new, source, [])
+        with layer._room:
+            items = source.withdraw()
+        layer._give_back(new, source, items)
+        assert source.entries
+        layer._topology._assign({slot: owner})
+        await until(lambda: not source.entries)
+        with fail_after(PATIENCE):
+            assert await layer.receive("work") == {"n": 1}
+        assert layer.statistics().discarded == 0

@@ -101,6 +101,8 @@ class ClusterLink(Link):
         """Send ``command`` to whoever owns its key, without waiting, as ``Link.submit`` says."""
         if _key_of(command) is None:
             super().submit(*command, done=done)
+            if command[0] == "SUNSUBSCRIBE" and self.connection is not None:
+                self.connection.fence()
         else:
             self._submit(self, command, done, _MOST_HOPS, asking=False)
 

@@ -90,6 +90,7 @@ class Request:
         "done",
         "due",
         "error",
+        "is_fence",
         "reply",
         "written",
     )
@@ -108,6 +109,8 @@ class Request:
         self.error: Exception | None = None
         self.written: bool = False
         self.abandoned: bool = False
+        self.is_fence: bool = False
+        """Whether an error in its place is a late answer to what is in front of it."""
 
     def settle(self) -> None:
         """Tell whoever asked."""
@@ -243,6 +246,14 @@ class Connection:
             self._watch_bell.set()
         return request
 
+    def fence(self) -> None:
+        """Keep what is submitted next apart from ``SUNSUBSCRIBE``, submitted last.
+
+        A cluster that ends the subscription by itself at that moment says so by the same push that would answer it, and then
+        answers it with an error.
+        """
+        self.submit("PING").is_fence = True
+
     async def execute(self, *command: Argument, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - of the connection
         """Send ``command`` and return its reply.
 
@@ -295,6 +306,9 @@ class Connection:
                 else:
                     request = in_flight.popleft()
                     if reply.__class__ is hiredis.ReplyError:
+                        if request.is_fence:
+                            in_flight.appendleft(request)
+                            continue
                         request.error = to_error(str(reply), self.server)
                     else:
                         request.reply = reply

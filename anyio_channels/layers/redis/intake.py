@@ -287,7 +287,7 @@ class QueueIntake(RedisLayer):
                 continue
             with self._room:
                 items = channel.withdraw()
-            self._give_back(link, channel.key, [item for item in items if isinstance(item, Popped)])
+            self._give_back(link, channel, [item for item in items if isinstance(item, Popped)])
         in_trouble = [popper for popper in self._poppers.values() if popper.trouble is not None]
         if in_trouble:
             await sleep(_TROUBLE_PAUSE)
@@ -295,18 +295,24 @@ class QueueIntake(RedisLayer):
                 popper.try_again()
         self._leave_now()
 
-    def _give_back(self, link: Link, key: str, items: list[Popped]) -> None:
+    def _give_back(self, link: Link, channel: QueueChannel, items: list[Popped]) -> None:
         """Put popped messages back to where they were."""
         if not items:
             return
+        key = channel.key
         arguments = [part for item in items for part in (item.score, item.entry)]
 
         def done(request: Request) -> None:
-            if request.error is None:
+            error = request.error
+            if error is None:
                 return
-            self._log_once(
-                f"give back {key}", "%d messages of %r could not be given back: %s", len(items), key, request.error
-            )
+            if self._is_open and isinstance(error, PASSING) and not getattr(error, "may_have_run", False):
+                for item in items:
+                    self.put_normal(channel, item.entry, item.score, link.server_time)  # for a reader here, or later
+                self.look_after(channel)
+                self._poppers[link].refused(error)
+                return
+            self._log_once(f"give back {key}", "%d messages of %r could not be given back: %s", len(items), key, error)
             self._room.books.sent += len(items)
             self._room.books.discarded += len(items)
 
@@ -398,6 +404,6 @@ class QueueIntake(RedisLayer):
         late = [one for one in self._late if self._link_of(one[0].name) is link]
         self._late = [one for one in self._late if one not in late]
         for channel, popped in late:
-            self._give_back(link, channel.key, [popped])
+            self._give_back(link, channel, [popped])
         self._leave_now()
         await popper.forget_keys(link)

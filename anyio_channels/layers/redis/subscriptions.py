@@ -152,10 +152,8 @@ class Subscriptions:
 
     def move(self) -> None:
         """Slots have other owners: go there."""
-        for name, subscription in tuple(self.wanted.items()):
-            self._renew(name)
-            if self.wanted[name] is not subscription:
-                subscription.link.submit(self._unsubscribe, name)
+        for name in tuple(self.wanted):
+            self._renew(name)  # the server that it was at has ended it, or is not listened to any more
             self.ask(name)
 
     def dropped(self, name: str) -> None:
