@@ -24,7 +24,7 @@ from redis.crc import key_slot
 from .connection import Argument, Connection, Request
 from .endpoint import Endpoint, Host, parse_host, require_hosts
 from .link import Link, LinkRetired, Server
-from .sentinel import is_sentinel
+from .sentinel import Sentinels, is_sentinel
 from .topology import Options, Topology
 
 __all__ = ["Cluster"]
@@ -133,9 +133,9 @@ class ClusterLink(Link):
 class Cluster(Topology):
     """The nodes of a Redis Cluster."""
 
-    link_class = ClusterLink
-    clustered = True
-    passing = (*_WAIT, redis.exceptions.MovedError)
+    link_class: type[Link] = ClusterLink
+    clustered: bool = True
+    passing: tuple[type[redis.exceptions.RedisError], ...] = (*_WAIT, redis.exceptions.MovedError)
 
     def __init__(self, hosts: Sequence[Host] | None) -> None:
         """``hosts``: some of the nodes, with what it takes to log in, which is the same at all of them."""
@@ -149,9 +149,9 @@ class Cluster(Topology):
             if endpoint.db:
                 raise ValueError(f"a Redis Cluster has only database 0, not {endpoint.db}")
             self._first.append(endpoint)
-        self.endpoints = [*self._first]
-        self.links = []
-        self.is_note = lambda _: False
+        self.endpoints: list[Endpoint | Sentinels] = [*self._first]
+        self.links: list[Link] = []
+        self.is_note: Callable[[object], bool] = lambda _: False
 
     @property
     def name(self) -> str:
