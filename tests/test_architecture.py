@@ -33,7 +33,7 @@ ALLOWED = {
         "anyio", "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel",
         "layers.redis.topology", "redis",
     },
-    "layers.redis.subscriptions": {"layers.redis.connection", "layers.redis.link", "layers.redis.topology", "redis"},
+    "layers.redis.subscriptions": {"anyio", "layers.redis.connection", "layers.redis.link", "layers.redis.topology", "redis"},
     "layers.redis.layer": {
         "anyio", "redis", "layers.backend", "layers.base", "layers.codec", "layers.local", "layers.mailbox",
         "layers.redis.cluster", "layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel",

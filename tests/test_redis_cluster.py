@@ -596,14 +596,89 @@ async def test_a_migration_that_does_not_go_on(cluster: RedisCluster) -> None:
 
 
 @pytest.mark.anyio
-async def test_asking_who_owns_what(quiet: RedisCluster) -> None:
-    """A node that was lost is passed over; if all were, those that were named are asked."""
-    async with make(QUEUE, quiet.hosts) as layer:
+async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
+    """A node that knows nothing, or was lost, is passed over; if all were lost, those that were named are asked."""
+    async with make(QUEUE, cluster.hosts) as layer:
+        cluster.ask(cluster.nodes[2], "RESET")
+        for _ in range(3):
+            _, table = await layer._topology._ask()
+            assert table
         for link in layer._topology.links:
             link.connection.end("the test said so")
         host, table = await layer._topology._ask()
         assert host == "127.0.0.1"
-        assert len(table) == 3
+        assert table
+
+
+@pytest.mark.anyio
+async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
+    """Who reads it is told what Redis says; others go on, and so does it when the key is right again."""
+    async with make(QUEUE, quiet.hosts) as layer, layer.subscribe() as inbox, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("work"))
+
+        tg.start_soon(read)
+        await until(lambda: layer._notices.blocked)
+        key = layer.channel_key(inbox.channel)
+        (node,) = [one for one in quiet.nodes if one.port == owning(layer, inbox.channel)]
+        with node.client() as client:
+            client.set(key, "something else")
+            with fail_after(PATIENCE), pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+                async with create_task_group() as readers:
+                    readers.start_soon(tell, layer, key)
+                    try:
+                        await inbox.receive()
+                    except redis.exceptions.ResponseError as error:
+                        caught = error
+                    readers.cancel_scope.cancel()
+                raise caught
+            client.delete(key)
+        await layer.send(inbox.channel, {"n": 1})
+        await layer.send("work", {"n": 2})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 1}
+        await until(lambda: got == [{"n": 2}])
+
+
+async def tell(layer: Any, key: str) -> None:
+    """Say that something was sent, when a reader waits."""
+    await anyio.wait_all_tasks_blocked()
+    layer._notices.heard(key)
+
+
+@pytest.mark.anyio
+async def test_no_permission_to_listen(quiet: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
+    """A user who may not listen to where senders say that there is something: it is logged, once."""
+    for node in quiet.nodes:
+        with node.client() as client:
+            client.execute_command("ACL", "SETUSER", "deaf", "on", ">pass", "~*", "+@all", "resetchannels")
+    hosts = [url.replace("redis://", "redis://deaf:pass@") for url in quiet.hosts]
+    async with make(QUEUE, hosts) as layer, create_task_group() as tg:
+        tg.start_soon(layer.receive, "work")
+        await until(lambda: any("readers wait in vain" in record.getMessage() for record in caplog.records))
+        tg.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
+    """The connection is lost with a request on its way; pushes of another kind; a slot that nobody serves for too long."""
+    async with make(PUBSUB, cluster.hosts, timeout=0.3) as layer, create_task_group() as tg:
+        tg.start_soon(layer.receive, "work")
+        await until(lambda: hears(layer, "work"))
+        layer._pushed([b"invalidate", None])
+        subscription = layer.subscriptions.wanted["work"]
+        subscription.confirmed = False
+        layer.subscriptions.ask("work")
+        subscription.link.connection.end("the test said so")
+        await until(lambda: hears(layer, "work"))
+        slot = key_slot(b"nobody")
+        for node in cluster.nodes[:3]:
+            cluster.ask(node, "DELSLOTS", slot)
+        with pytest.raises(redis.exceptions.ClusterDownError):
+            await layer.receive("nobody")
+        tg.cancel_scope.cancel()
 
 
 @pytest.mark.anyio

@@ -77,7 +77,7 @@ class Subscriptions:
     async def confirm(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has."""
         give_up = time.monotonic() + self.wanted[name].link.timeout
-        while not (subscription := self.wanted[name]).confirmed:
+        while (subscription := self.wanted.get(name)) is not None and not subscription.confirmed:
             link = subscription.link
             try:
                 await self._execute(link, self._subscribe, name)
