@@ -266,7 +266,9 @@ class Sentinels:
                 sentinel.start()
                 with sentinel.client() as client, suppress(redis.ResponseError):
                     # Redis 7: it looks around every 0.1 s, not every 10.
-                    client.execute_command("SENTINEL", "DEBUG", "info-period", 100, "publish-period", 100)
+                    client.execute_command(
+                        "SENTINEL", "DEBUG", "info-period", 100, "publish-period", 100, "ping-period", 100
+                    )
             wait_until(self._are_acquainted)
         except BaseException:
             self.__exit__()
@@ -295,15 +297,22 @@ class Sentinels:
         """The entry of ``hosts``."""
         return {"sentinels": self.addresses, "master_name": "mymaster"}
 
-    def fail_over(self) -> int:
-        """Ask for a planned failover, unless one is in progress; return the primary's port. One may be given up half way."""
+    def fail_over(self) -> None:
+        """Have a planned failover done; return when the sentinels say so. One that is given up half way is asked for again."""
         with self.sentinels[0].client() as client:
-            state = client.sentinel_masters()["mymaster"]
-            if state["port"] == self.servers[0].port and "failover_in_progress" not in state["flags"]:
-                with suppress(redis.ResponseError):
-                    client.execute_command("SENTINEL", "FAILOVER", "mymaster")
-            port: int = state["port"]
-            return port
+            # The promoted server drops its connections, those of the sentinels too, who take a second for a new one.
+            client.execute_command("SENTINEL", "SET", "mymaster", "failover-timeout", 15_000)
+            before = client.sentinel_masters()["mymaster"]["port"]
+
+            def is_done() -> bool:
+                state = client.sentinel_masters()["mymaster"]
+                if state["port"] == before and "failover_in_progress" not in state["flags"]:
+                    with suppress(redis.ResponseError):
+                        client.execute_command("SENTINEL", "FAILOVER", "mymaster")
+                time.sleep(0.1)
+                return bool(state["port"] != before)
+
+            wait_until(is_done)
 
     def primary(self) -> RedisServer:
         """The server that is the primary now, by its own word."""
@@ -364,6 +373,7 @@ class RedisCluster:
         for other in self.nodes[:-1]:
             self.ask(node, "MEET", other.host, other.port)
         wait_until(lambda: all(self._knows_all(node) for node in self.nodes))
+        wait_until(lambda: b"cluster_state:ok" in self.ask(node, "INFO"))  # it takes its time
         return node
 
     def _knows_all(self, node: RedisServer) -> bool:
