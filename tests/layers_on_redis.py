@@ -113,6 +113,7 @@ PUBSUB = Kind(
     Features(keeps_unread=False, channel_full="none", any_member=False, knows_all=False, settles_within=5),
 )
 KINDS = (QUEUE, PUBSUB)
+both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 def popper(layer: RedisChannelLayer) -> Popper:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 from anyio import create_task_group, fail_after, sleep, to_thread
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, hears, new_prefix, popper
+from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +31,6 @@ FORMATS: list[dict[str, Any]] = [
     {"symmetric_encryption_keys": ["a secret"]},
     {"symmetric_encryption_keys": ["a secret"], "serializer_format": "json"},
 ]
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 peers = pytest.mark.parametrize("package", ["channels_redis", "fast_channels"])
 
 

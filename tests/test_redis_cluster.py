@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from layers_on_redis import (
     CASES,
-    KINDS,
     PATIENCE,
     PUBSUB,
     QUEUE,
     Books,
     Kind,
+    both,
     hears,
     hold_inbox,
     new_prefix,
@@ -34,8 +34,6 @@ from redis_server import RedisCluster, RedisServer, free_port
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
 from anyio_channels.layers.redis.cluster import Cluster
 from anyio_channels.testing import Check, contract_machine
-
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
 from cryptography.fernet import Fernet
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, new_prefix, popper
+from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix, popper
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
@@ -26,7 +26,6 @@ from anyio_channels.layers.redis.layer import RedisLayer
 pytestmark = pytest.mark.anyio
 
 PATIENCE = 20.0
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @pytest.fixture

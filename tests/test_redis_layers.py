@@ -15,7 +15,7 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import KINDS, PUBSUB, QUEUE, Kind, grow_older, hears, new_prefix, popper
+from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
 import anyio_channels
@@ -29,7 +29,6 @@ from anyio_channels import (
 from anyio_channels.layers.redis.layer import RedisLayer
 
 PATIENCE = 20.0
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 asynchronous = pytest.mark.anyio
 
 

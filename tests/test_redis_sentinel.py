@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
-from layers_on_redis import CASES, KINDS, PATIENCE, QUEUE, Books, Kind, new_prefix, until
+from layers_on_redis import CASES, PATIENCE, QUEUE, Books, Kind, both, new_prefix, until
 from redis_server import RedisServer, Sentinels, free_port
 
 from anyio_channels import create_channel_layer
@@ -16,8 +16,6 @@ from anyio_channels.layers.redis import sentinel as module
 from anyio_channels.layers.redis.sentinel import parse_sentinel
 from anyio_channels.layers.redis.topology import Topology
 from anyio_channels.testing import Check
-
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @pytest.fixture(scope="module")

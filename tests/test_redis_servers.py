@@ -16,13 +16,22 @@ import redis.exceptions
 from anyio import create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from layers_on_redis import CASES, KINDS, PATIENCE, PUBSUB, QUEUE, Kind, hold_inbox, new_prefix, pass_on_both, until
+from layers_on_redis import (
+    CASES,
+    PATIENCE,
+    PUBSUB,
+    QUEUE,
+    Kind,
+    both,
+    hold_inbox,
+    new_prefix,
+    pass_on_both,
+    until,
+)
 from redis_server import RedisServer, free_port
 
 from anyio_channels import MessagesLost
 from anyio_channels.testing import Check, contract_machine
-
-both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,8 @@ class QueueIntake(RedisLayer):
     def _reset(self) -> None:
         super()._reset()
         self._expired_there = 0
+        self.least_capacity: int = min([self.capacity, *(capacity for _, capacity in self.channel_capacity)])
+        """The smallest capacity that a channel may have. For parts of the layer."""
         self._poppers: dict[Link, Popper | Notices] = {}
         self._notices = Notices(self)
         notes = (f"{self.prefix}:sent:{{", f"{self.prefix}:room:{{")
@@ -151,11 +153,6 @@ class QueueIntake(RedisLayer):
             link.call_soon(CLUSTERED[POP], [key], count, self.expiry, self.room_key(key), done=done)
         else:
             link.call_soon(POP, [key, self.room_key(key)], count, self.expiry, done=done)
-
-    @property
-    def least_capacity(self) -> int:
-        """The smallest capacity that a channel may have."""
-        return min([self.capacity, *(capacity for _, capacity in self.channel_capacity)])
 
     # Keys
 
@@ -401,9 +398,11 @@ class QueueIntake(RedisLayer):
         while popper.fetches[link]:
             await link.execute("PING")
         await link.ready()
-        late = [one for one in self._late if self._link_of(one[0].name) is link]
-        self._late = [one for one in self._late if one not in late]
+        late, self._late = self._late, []
         for channel, popped in late:
-            self._give_back(link, channel, [popped])
+            if self._link_of(channel.name) is link:
+                self._give_back(link, channel, [popped])
+            else:
+                self._late.append((channel, popped))
         self._leave_now()
         await popper.forget_keys(link)
