@@ -376,6 +376,21 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
 
 
 @asynchronous
+@both
+async def test_pushes_that_are_not_ours_are_passed_over(kind: Kind, redis_server: RedisServer) -> None:
+    """What Redis may push beside messages harms nothing: here, that a key changed."""
+    async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
+        (link,) = layer._topology.links
+        key = f"{layer.prefix}tracked"
+        await link.execute("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", key)
+        await link.execute("SET", key, "changed")
+        await link.execute("DEL", key)
+        await layer.send(inbox.channel, {"n": 1})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 1}
+
+
+@asynchronous
 async def test_flush_keeps_to_its_prefix(redis_server: RedisServer) -> None:
     """Flushing prefix 'asgi' throws away its keys, a peer's backup queues too, and none of prefix 'asgi2' or of others."""
     first, second = make(QUEUE, redis_server, prefix="flush*"), make(QUEUE, redis_server, prefix="flush*2")

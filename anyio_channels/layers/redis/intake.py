@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Final
@@ -126,7 +127,7 @@ class QueueIntake(RedisLayer):
             self._topology, self._execute, self._log_forbidden, self._listening
         )
         self._restless: set[QueueChannel] = set()
-        self._late: list[tuple[QueueChannel, Popped]] = []
+        self._late: defaultdict[Link, list[tuple[QueueChannel, Popped]]] = defaultdict(list)
         self._to_leave: list[tuple[str, str]] = []
 
     def _make_directory(self) -> Directory:
@@ -249,7 +250,7 @@ class QueueIntake(RedisLayer):
         message.pop(RESERVED_KEY, None)  # a broadcast of channels_redis names normal channels too
         popped = Popped(message, entry, score)
         if not self._is_open:
-            self._late.append((channel, popped))
+            self._late[self._link_of(channel.name)].append((channel, popped))
             return
         rung: list[Waiter] = []
         with self._room:
@@ -388,7 +389,7 @@ class QueueIntake(RedisLayer):
         with self._room:
             for channel in self._here.channels.values():
                 if isinstance(channel, QueueChannel) and channel.normal:
-                    self._late += [
+                    self._late[self._link_of(channel.name)] += [
                         (channel, item) for item in channel.withdraw(promised=True) if isinstance(item, Popped)
                     ]
 
@@ -398,11 +399,7 @@ class QueueIntake(RedisLayer):
         while popper.fetches[link]:
             await link.execute("PING")
         await link.ready()
-        late, self._late = self._late, []
-        for channel, popped in late:
-            if self._link_of(channel.name) is link:
-                self._give_back(link, channel, [popped])
-            else:
-                self._late.append((channel, popped))
+        for channel, popped in self._late.pop(link, ()):
+            self._give_back(link, channel, [popped])
         self._leave_now()
         await popper.forget_keys(link)
