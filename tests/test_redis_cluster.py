@@ -461,6 +461,19 @@ async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> Non
 
 
 @pytest.mark.anyio
+async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) -> None:
+    """The same bytes, published twice, are one message: nodes that take over from each other do that."""
+    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
+        payload = layer._codec.seal(layer._codec.encode({"n": 1}), layer._marks.next())
+        link = layer._topology.owner("", inbox.channel)
+        for _ in range(2):
+            assert await link.execute("SPUBLISH", inbox.channel, payload) == 1
+        await layer.send(inbox.channel, {"n": 2})
+        with fail_after(PATIENCE):
+            assert [await inbox.receive(), await inbox.receive()] == [{"n": 1}, {"n": 2}]
+
+
+@pytest.mark.anyio
 async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
     """A subscription that is asked for, restored or waited for at the wrong node, or given up meanwhile, ends where it should."""
     async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
