@@ -1,0 +1,283 @@
+"""Any channel layer from synchronous code: scripts, Celery and RQ tasks, Django and Flask views.
+
+Rules:
+- the layer lives in an event loop of its own, in a thread of its own (``portal``); each call goes there and waits for the answer.
+- what the layer promises holds here too. What is a cancel scope there is a ``timeout`` here.
+- the methods have the names and arguments of the asynchronous ones; the pure ones are the layer's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+from anyio import ClosedResourceError, move_on_after
+
+from .exceptions import ChannelFull, MessageTooLarge
+from .layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
+from .layers.inbox import Inbox
+from .portal import Portal
+
+__all__ = ["SyncChannelLayer", "SyncInbox"]
+
+T = TypeVar("T")
+
+
+class SyncChannelLayer:
+    """A channel layer whose methods wait for their results, for any number of threads.
+
+    ::
+
+        with SyncChannelLayer(RedisChannelLayer(hosts=["redis://localhost"])) as layer:
+            layer.group_send("room", {"type": "chat.message", "text": "hello"})
+
+    Where no block fits (a WSGI application), ``open()`` and ``close()`` do what entering and leaving it does; what is left open
+    is closed when the process exits. Make it anywhere, and open it in each process that uses it, after it was forked: a fork
+    of a process that opened it gets a ``RuntimeError`` that says so.
+
+    Every call raises what its asynchronous twin raises, and also: ``RuntimeError`` when an event loop runs in the calling
+    thread, which the call would block, and when the layer was not opened; ``anyio.ClosedResourceError`` when it was closed, or
+    is while the call waits. An exception that interrupts a call that waits, as Ctrl-C does or a soft time limit of Celery,
+    cancels the call: a message is then not sent, or not taken, unless it was so already.
+    """
+
+    MAX_NAME_LENGTH: ClassVar[int] = BaseChannelLayer.MAX_NAME_LENGTH
+    """A name must be shorter than this."""
+    channel_name_regex: ClassVar[re.Pattern[str]] = BaseChannelLayer.channel_name_regex
+    """What a whole channel name must match."""
+    group_name_regex: ClassVar[re.Pattern[str]] = BaseChannelLayer.group_name_regex
+    """What a whole group name must match."""
+    ChannelFull: ClassVar[type[ChannelFull]] = ChannelFull
+    MessageTooLarge: ClassVar[type[MessageTooLarge]] = MessageTooLarge
+
+    def __init__(
+        self, layer: BaseChannelLayer, backend: str = "asyncio", *, backend_options: dict[str, Any] | None = None
+    ) -> None:
+        """Keep ``layer``, which must not be open.
+
+        ``backend``: ``"asyncio"`` or ``"trio"``. ``backend_options``: as for ``anyio.run``, such as ``{"use_uvloop": True}``.
+        ``TypeError`` and ``ValueError`` for what cannot be.
+        """
+        if not isinstance(layer, BaseChannelLayer):
+            raise TypeError(f"layer must be a channel layer, not {layer!r:.100}")
+        self.layer = layer
+        self._portal = Portal(repr(self), lambda: layer, backend, backend_options)
+
+    def __repr__(self) -> str:
+        """Say which layer."""
+        return f"SyncChannelLayer({self.layer!r})"
+
+    def open(self) -> Self:
+        """Open the layer, and return ``self``; raises what opening that layer raises. A closed one may be opened again."""
+        self._portal.open()
+        return self
+
+    def close(self) -> None:
+        """Close the layer and end its event loop. Closing twice, or in a fork of the process that opened it, does nothing.
+
+        Calls that wait in other threads get ``anyio.ClosedResourceError``.
+        """
+        self._portal.close()
+
+    def __enter__(self) -> Self:
+        """Open the layer."""
+        return self.open()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer."""
+        self.close()
+
+    # Messages
+
+    def send(self, channel: str, message: Message, *, wait: bool = False, timeout: float | None = None) -> None:
+        """Send ``message`` to ``channel``, as ``BaseChannelLayer.send``.
+
+        ``timeout``: with ``wait=True``, how many seconds to wait for room; ``TimeoutError`` when there was none.
+        """
+        what = f"there was no room in channel {channel!r}"
+        if timeout is not None and not wait:
+            raise ValueError(f"timeout={timeout!r} has no effect without wait=True: send() does not wait for room")
+        self._call("send()", _within, timeout, what, partial(self.layer.send, channel, message, wait=wait))
+
+    def receive(self, channel: str, timeout: float | None = None) -> Message:
+        """Wait for the next message on ``channel`` and return it, as ``BaseChannelLayer.receive``.
+
+        ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
+        """
+        what = f"no message came on channel {channel!r}"
+        return self._call("receive()", _within, timeout, what, partial(self.layer.receive, channel))
+
+    def new_channel(self, prefix: str = "specific.") -> str:
+        """Return a process-specific channel name that nobody has, starting with ``prefix``."""
+        return self._call("new_channel()", self.layer.new_channel, prefix)
+
+    def flush(self) -> None:
+        """Throw away all messages and memberships."""
+        self._call("flush()", self.layer.flush)
+
+    # Groups
+
+    def group_add(self, group: str, channel: str) -> None:
+        """Make ``channel`` a member of ``group``, or renew its membership for ``group_expiry`` seconds."""
+        self._call("group_add()", self.layer.group_add, group, channel)
+
+    def group_discard(self, group: str, channel: str) -> None:
+        """End the membership of ``channel`` in ``group``; nothing happens if it is not a member."""
+        self._call("group_discard()", self.layer.group_discard, group, channel)
+
+    def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        """Send ``message`` once to every member of ``group``, but for the channels in ``exclude``."""
+        self._call("group_send()", partial(self.layer.group_send, group, message, exclude=exclude))
+
+    def group_channels(self, group: str) -> set[str]:
+        """Return the members of ``group`` as they are now."""
+        return self._call("group_channels()", self.layer.group_channels, group)
+
+    # The structured API
+
+    def subscribe(
+        self,
+        *groups: str,
+        prefix: str = "specific.",
+        capacity: int | None = None,
+        overflow: Overflow = "drop_new",
+        on_gap: OnGap = "ignore",
+    ) -> SyncInbox:
+        """Return an inbox for ``with``, as ``BaseChannelLayer.subscribe`` does for ``async with``."""
+        inbox = self.layer.subscribe(*groups, prefix=prefix, capacity=capacity, overflow=overflow, on_gap=on_gap)
+        return SyncInbox(self._portal, inbox)
+
+    # What needs no waiting
+
+    def statistics(self) -> ChannelLayerStatistics:
+        """Return a snapshot of what the layer holds and has done."""
+
+        async def statistics() -> ChannelLayerStatistics:
+            return self.layer.statistics()
+
+        return self._call("statistics()", statistics)
+
+    @property
+    def extensions(self) -> list[str]:
+        """The extensions of the channel layer specification that the layer has."""
+        return self.layer.extensions
+
+    @property
+    def expiry(self) -> float:
+        """After how many seconds an unread message expires."""
+        return self.layer.expiry
+
+    @property
+    def capacity(self) -> int:
+        """How many unexpired messages a channel holds."""
+        return self.layer.capacity
+
+    @property
+    def channel_capacity(self) -> list[tuple[re.Pattern[str], int]]:
+        """Other capacities, compiled: the first pattern that matches wins."""
+        return self.layer.channel_capacity
+
+    def get_capacity(self, channel: str) -> int:
+        """Return the capacity of ``channel``."""
+        return self.layer.get_capacity(channel)
+
+    def match_type_and_length(self, name: object) -> bool:
+        """Whether ``name`` is a ``str`` shorter than ``MAX_NAME_LENGTH``."""
+        return self.layer.match_type_and_length(name)
+
+    def require_valid_channel_name(self, name: object, receive: bool = False) -> bool:  # noqa: FBT001, FBT002 - the peers' signature
+        """Return ``True``, or raise ``TypeError`` naming the value and the rule."""
+        return self.layer.require_valid_channel_name(name, receive)
+
+    def require_valid_group_name(self, name: object) -> bool:
+        """Return ``True``, or raise ``TypeError`` naming the value and the rule."""
+        return self.layer.require_valid_group_name(name)
+
+    def non_local_name(self, name: str) -> str:
+        """Return ``name`` up to and including its ``!``, or all of it if it has none."""
+        return self.layer.non_local_name(name)
+
+    def _call(self, method: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        return self._portal.call(f"SyncChannelLayer.{method}", function, *args)
+
+
+class SyncInbox:
+    """A channel of one's own, and the groups it belongs to, for the length of a ``with`` block.
+
+    Made by ``SyncChannelLayer.subscribe``. Iterating over it receives for ever::
+
+        with layer.subscribe("room") as inbox:
+            for message in inbox: ...
+
+    Leaving the block leaves the groups and frees the channel. Whoever waits in another thread then, or when the layer is closed,
+    gets ``anyio.ClosedResourceError``.
+    """
+
+    def __init__(self, portal: Portal, inbox: Inbox) -> None:
+        """Called by ``subscribe()``."""
+        self._portal = portal
+        self._inbox = inbox
+
+    def __repr__(self) -> str:
+        """Say which channel of which layer."""
+        return f"<Sync{repr(self._inbox)[1:]}"
+
+    @property
+    def channel(self) -> str:
+        """The name of the channel: others may ``send`` to it, and ``exclude`` it."""
+        return self._inbox.channel
+
+    def __enter__(self) -> Self:
+        """Make the channel and join the groups. If interrupted, neither is left behind."""
+        self._call("subscribe()", self._inbox.__aenter__)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the groups and free the channel; in a fork of the process that entered, nothing."""
+        if not self._portal.is_foreign:
+            with suppress(ClosedResourceError):  # the layer was closed meanwhile, and has forgotten the channel
+                self._call("the end of subscribe()", self._inbox.__aexit__, exc_type, exc, traceback)
+
+    def receive(self, timeout: float | None = None) -> Message:
+        """Wait for the next message and return it, as ``Inbox.receive``.
+
+        ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
+        """
+        what = f"no message came on channel {self.channel!r}"
+        return self._call("subscribe().receive()", _within, timeout, what, self._inbox.receive)
+
+    def __iter__(self) -> Self:
+        """Iterate over the messages as they come; never ends by itself."""
+        return self
+
+    def __next__(self) -> Message:
+        """Receive the next message."""
+        return self.receive()
+
+    def join(self, group: str) -> None:
+        """Become a member of ``group`` until ``leave`` or the end of the block."""
+        self._call("subscribe().join()", self._inbox.join, group)
+
+    def leave(self, group: str) -> None:
+        """End the membership in ``group``; nothing happens if there is none."""
+        self._call("subscribe().leave()", self._inbox.leave, group)
+
+    def _call(self, method: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        return self._portal.call(f"SyncChannelLayer.{method}", function, *args)
+
+
+async def _within(seconds: float | None, what: str, function: Callable[[], Awaitable[T]]) -> T:
+    """Call ``function``, which takes nothing when it is cancelled."""
+    if seconds is not None:
+        require_seconds("timeout", seconds)
+    with move_on_after(seconds):
+        return await function()
+    raise TimeoutError(f"{what} within {seconds} s")

@@ -1,0 +1,137 @@
+"""A request body on its way from an ASGI server to the thread that reads it."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections import deque
+from collections.abc import Callable, Coroutine, MutableMapping
+from concurrent.futures import CancelledError
+from typing import IO, Any, Final, TypeVar
+
+from anyio import Event, from_thread, to_thread
+
+from .translate import Receive
+
+__all__ = ["Body", "wait_in_thread"]
+
+T = TypeVar("T")
+
+_READ_SIZE: Final = 64 * 1024
+
+
+def wait_in_thread(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Wait in the thread for the event loop; if the request is cancelled, raise what no ``except Exception`` takes."""
+    try:
+        return from_thread.run(function)
+    except CancelledError:
+        from_thread.check_cancelled()
+        raise
+
+
+class Body:
+    """The request body of one request."""
+
+    def __init__(self, receive: Receive, buffer_size: int, *, spool: bool) -> None:
+        """Take nothing in yet; ``buffer_size`` and ``spool`` as for ``WsgiToAsgi``."""
+        self._receive = receive
+        self._buffer_size = buffer_size
+        self._spool = spool
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._complete = False
+        self._more = Event()
+        self._room = Event()
+        self._file: IO[bytes] | None = None
+        self.length: int | None = None
+        """How long it is, if that is known."""
+
+    async def begin(self) -> bool:
+        """Take in what must be there before the application is called; return whether the client still is."""
+        while not self._complete and (self._buffered <= self._buffer_size or self._spool):
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.close()
+                return False
+            self._take(message)
+            if self._spool and self._buffered > self._buffer_size:
+                await self._to_disk()
+        if self._complete:
+            self.length = self._buffered
+            if self._file is not None:
+                await self._to_disk()
+                self.length = self._file.tell()
+                self._file.seek(0)
+        return True
+
+    async def _to_disk(self) -> None:
+        """Move what is buffered to a temporary file."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        chunks, self._chunks, self._buffered = self._chunks, deque(), 0
+        await to_thread.run_sync(self._file.writelines, chunks)
+
+    def _take(self, message: MutableMapping[str, Any]) -> None:
+        chunk: bytes = message.get("body", b"")
+        if chunk:
+            self._chunks.append(chunk)
+            self._buffered += len(chunk)
+        self._complete = not message.get("more_body", False)
+
+    async def go_on(self, gone: Callable[[], object]) -> None:
+        """Take in the rest, as far as there is room; then wait until the client goes away, and say so."""
+        while True:
+            if self._buffered > self._buffer_size:
+                self._room = Event()
+                await self._room.wait()
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                gone()
+                return
+            if not self._complete:
+                self._take(message)
+                self._more.set()
+
+    async def get(self) -> bytes:
+        """Return what has come, at least one byte; nothing at the end."""
+        while not self._chunks and not self._complete:
+            self._more = Event()
+            await self._more.wait()
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        self._room.set()
+        return data
+
+    def open(self) -> IO[bytes]:
+        """Return what the application reads."""
+        if self._file is not None:
+            return self._file
+        if self._complete:
+            return io.BytesIO(b"".join(self._chunks))
+        return io.BufferedReader(_Stream(self.get), _READ_SIZE)
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class _Stream(io.RawIOBase):
+    """What has come of a body, read in the thread."""
+
+    def __init__(self, get: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
+        super().__init__()
+        self._get = get
+        self._data = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._data:
+            self._data = memoryview(wait_in_thread(self._get))
+        size = min(len(buffer), len(self._data))
+        buffer[:size] = self._data[:size]
+        self._data = self._data[size:]
+        return size

@@ -1,0 +1,313 @@
+"""An ASGI application (Starlette, FastAPI) as a WSGI application.
+
+Rules (PEP 3333, and https://asgi.readthedocs.io/en/latest/specs/www.html):
+- one event loop, in a thread of its own (``portal``), runs all requests of a process, and the application's lifespan.
+- a request has the server's thread: it reads the body there when the application asks for it, and yields what it sends, each
+  chunk as it comes. Nothing else is done in that thread, so nothing of the application blocks it.
+- the application sends ahead of the server by the buffer at most, then waits.
+- the server closing the response before its end cancels the application. What that does after the end of the response (a
+  background task) goes on, and its errors are logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Final, Self
+
+from anyio import ClosedResourceError, Event, get_cancelled_exc_class
+from anyio.lowlevel import checkpoint
+
+from anyio_channels.layers.base import require_count
+from anyio_channels.portal import Portal
+
+from .lifespan import lifespan
+from .translate import AsgiApplication, Message, StartResponse, scope_of, start_of
+
+__all__ = ["AsgiToWsgi"]
+
+_logger: Final = logging.getLogger("anyio_channels")
+
+_READ_SIZE: Final = 64 * 1024
+_READ: Final = object()
+_END: Final = object()
+_PLAIN: Final = [("Content-Type", "text/plain; charset=utf-8")]
+
+
+class AsgiToWsgi:
+    """The ASGI application ``app`` as a WSGI application.
+
+    ::
+
+        application = AsgiToWsgi(starlette_app)  # gunicorn main:application, waitress-serve main:application
+
+    Its event loop and lifespan start with the first request of a process, or with ``open()``, and end with ``close()``, at the
+    latest when the process exits; ``with`` does both. A forked process starts its own. ``scope["wsgi.environ"]`` is the
+    environment of the request. WSGI has no WebSockets: the request to open one is answered with 501, unheard.
+
+    What the application raises before its response has started is raised to the server, which logs it and answers 500; later,
+    it ends the response there.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApplication,
+        backend: str = "asyncio",
+        *,
+        backend_options: dict[str, Any] | None = None,
+        buffer_size: int = 64 * 1024,
+    ) -> None:
+        """Keep ``app``.
+
+        ``backend``: ``"asyncio"`` or ``"trio"``. ``backend_options``: as for ``anyio.run``, such as ``{"use_uvloop": True}``.
+        ``buffer_size``: how many bytes of a response the application may be ahead of the server, but for one chunk.
+
+        Raises ``TypeError`` or ``ValueError`` naming the option and its rule.
+        """
+        if not callable(app):
+            raise TypeError(f"app must be an ASGI application, not {app!r:.100}")
+        self.app = app
+        self._backend = backend
+        self._backend_options = backend_options
+        self._buffer_size = require_count("buffer_size", buffer_size)
+        # A fork finds none of its own: no lock that another thread held, no loop without a thread.
+        self._hosts: dict[int, _Host] = {}
+        self._host()
+
+    def __repr__(self) -> str:
+        """Say which application."""
+        return f"AsgiToWsgi({self.app!r:.200})"
+
+    def open(self) -> Self:
+        """Start the event loop and the application's lifespan in this process, and return ``self``; what fails is raised."""
+        self._host().portal.open()
+        return self
+
+    def close(self) -> None:
+        """Cancel the requests, shut the application down, and end the event loop. Where it is not open, do nothing.
+
+        Requests that come later get ``anyio.ClosedResourceError``; ``open()`` opens it again.
+        """
+        self._host().portal.close()
+
+    def __enter__(self) -> Self:
+        """Open it."""
+        return self.open()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterator[bytes]:
+        """Serve one request."""
+        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
+            start_response("501 Not Implemented", _PLAIN)
+            return iter([b"This application is served through WSGI, which has no WebSockets.\n"])
+        host = self._host()
+        host.portal.ensure_open()
+        exchange = _Exchange(self.app, host, environ, self._buffer_size)
+        try:
+            start_response(*start_of(exchange.start()))
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
+
+    def _host(self) -> _Host:
+        pid = os.getpid()
+        host = self._hosts.get(pid)
+        if host is None:
+            host = _Host(self.app, repr(self), self._backend, self._backend_options)
+            host = self._hosts.setdefault(pid, host)  # another thread may have been faster
+        return host
+
+
+class _Host:
+    """The event loop of one process, and what the application's lifespan has put into the state."""
+
+    def __init__(self, app: AsgiApplication, name: str, backend: str, backend_options: dict[str, Any] | None) -> None:
+        self.state: dict[str, Any] = {}
+
+        def make_resident() -> AbstractAsyncContextManager[None]:
+            self.state.clear()
+            return lifespan(app, self.state)
+
+        self.portal = Portal(name, make_resident, backend, backend_options)
+
+
+class _Exchange:
+    """One request, between the thread of the server and the event loop; the iterable that WSGI asks for."""
+
+    def __init__(self, app: AsgiApplication, host: _Host, environ: dict[str, Any], buffer_size: int) -> None:
+        self._app = app
+        self._portal = host.portal
+        self._scope = scope_of(environ)
+        self._scope["state"] = host.state.copy()
+        self._buffer_size = buffer_size
+        self._input = environ["wsgi.input"]
+        self._left: int | None = _length_of(environ)  # None: until it ends
+        self._inbox: SimpleQueue[Any] = SimpleQueue()  # what the thread is to do
+        self._future: Future[None] | None = None
+        self._error: Exception | None = None
+        # Of the thread.
+        self._has_ended = False  # the application
+        self._is_complete = False  # the response
+        self._taken = 0  # bytes of the chunk that the server has
+        # Of the loop.
+        self._bell = Event()
+        self._piece: tuple[bytes, bool] | None = None
+        self._is_asked = False  # the thread, for a piece
+        self._is_read = False  # the body
+        self._is_over = False  # the request: there will be nothing to receive
+        self._is_started = False  # the response
+        self._is_sent = False
+        self._lock = threading.Lock()  # of these two
+        self._ahead = 0
+        self._room: Event | None = None
+
+    # In the thread of the server
+
+    def start(self) -> Message:
+        """Have the application called, and return the start of its response."""
+        if self._left is not None and self._left <= _READ_SIZE:
+            self._take(*self._read())
+        self._future = self._portal.start(f"{self._app!r:.200} through WSGI", self._run)
+        message = self._next_message()
+        if message is None:
+            raise RuntimeError(f"{self._app!r:.200} returned without a response")
+        return message
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        """Wait for the next chunk. The one before it has been sent, or the server would not ask."""
+        while not self._is_complete:
+            self._make_room()
+            message = self._next_message()
+            if message is None:
+                raise RuntimeError(f"{self._app!r:.200} returned before its response was complete")
+            self._is_complete = not message.get("more_body", False)
+            body: bytes = message.get("body", b"")
+            if body:
+                self._taken = len(body)
+                return body
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the application, unless its response is complete, and wait for its end."""
+        if self._future is not None and not self._is_complete:
+            self._future.cancel()
+            while not self._has_ended:
+                self._has_ended = self._inbox.get() is _END
+
+    def _next_message(self) -> Message | None:
+        """Do what the application asks of this thread, until it sends something; return that, or ``None`` at its end."""
+        while not self._has_ended:
+            item = self._inbox.get()
+            if item is _READ:
+                self._portal.call_soon(self._take, *self._read())
+            elif item is _END:
+                self._has_ended = True
+            else:
+                message: Message = item
+                return message
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def _read(self) -> tuple[bytes | None, bool]:
+        """Return the next piece of the body, and whether there is more; no piece if the client is gone."""
+        size = _READ_SIZE if self._left is None else min(self._left, _READ_SIZE)
+        try:
+            data: bytes = self._input.read(size) if size else b""
+        except OSError:
+            return None, True
+        if self._left is None:
+            return data, bool(data)
+        self._left -= len(data)
+        return (data, self._left > 0) if data or not size else (None, True)
+
+    def _make_room(self) -> None:
+        with self._lock:
+            self._ahead -= self._taken
+            room, self._room = self._room, None
+        self._taken = 0
+        if room is not None:
+            self._portal.call_soon(room.set)
+
+    # In the event loop
+
+    async def _run(self) -> None:
+        try:
+            await self._app(self._scope, self._receive, self._send)
+        except get_cancelled_exc_class():
+            self._error = ClosedResourceError(f"{self._portal.name} was closed")
+            raise
+        except Exception as error:
+            if self._is_sent:
+                _logger.exception("%r: an error after its response", self._app)
+            self._error = error
+        finally:
+            self._inbox.put(_END)
+
+    def _take(self, data: bytes | None, more: bool) -> None:  # noqa: FBT001 - called from the thread, by position
+        """A piece of the body is here, or there will be none."""
+        if data is None:
+            self._is_over = True
+        else:
+            self._piece = data, more
+        self._bell.set()
+
+    async def _receive(self) -> Message:
+        while self._piece is None and not self._is_over:
+            if not (self._is_asked or self._is_read):
+                self._is_asked = True
+                self._inbox.put(_READ)
+            if self._bell.is_set():
+                self._bell = Event()
+            await self._bell.wait()
+        if self._piece is None:
+            return {"type": "http.disconnect"}
+        (body, more), self._piece = self._piece, None
+        self._is_asked = False
+        self._is_read = not more
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    async def _send(self, message: Message) -> None:
+        kind = message["type"]
+        expected = "http.response.body" if self._is_started else "http.response.start"
+        if kind != expected or self._is_sent:
+            state = "after its response was complete" if self._is_sent else f"where {expected!r} is due"
+            raise RuntimeError(f"{self._app!r:.200} sent {kind!r} {state}")
+        self._is_started = True
+        size = len(message.get("body", b""))
+        if size:
+            with self._lock:
+                self._ahead += size
+        if kind == "http.response.body" and not message.get("more_body", False):
+            self._is_sent = self._is_over = True
+            self._bell.set()
+        self._inbox.put(message)
+        while not self._is_sent and self._ahead > self._buffer_size:
+            with self._lock:
+                room = self._room = Event() if self._ahead > self._buffer_size else None
+            if room is not None:
+                await room.wait()
+        await checkpoint()
+
+
+def _length_of(environ: dict[str, Any]) -> int | None:
+    """Return how long the body is, ``None`` if it ends by itself (``wsgi.input_terminated``)."""
+    length = environ.get("CONTENT_LENGTH", "")
+    if length.isdigit():
+        return int(length)
+    return None if environ.get("wsgi.input_terminated") else 0
