@@ -141,21 +141,15 @@ class Portal:
         ``call``: what errors call it. Raises ``RuntimeError`` if an event loop runs in this thread, in a fork, and when not
         open; ``anyio.ClosedResourceError`` when closed.
         """
-        refuse_in_loop(call)
-        self._require_own()
         future: Future[T] = Future()
-        with self._lock:
-            if self._state == _CLOSED:
-                raise ClosedResourceError(f"{self.name} is closed")
-            if self._state != _OPEN:
-                raise RuntimeError(f"{self.name} is not open: use it in a 'with' block, or call open() first")
-            self.call_soon(self._spawn, future, function, args)
+        self._hand_over(call, future, function, args)
         return future
 
     def call(self, call: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """As ``start``, and wait for the result. An exception that interrupts the wait cancels the call."""
-        future = self.start(call, function, *args)
+        future: Future[T] = Future()
         try:
+            self._hand_over(call, future, function, args)
             return future.result()
         except CancelledError:
             raise ClosedResourceError(f"{self.name} was closed") from None
@@ -175,6 +169,18 @@ class Portal:
                 f"{self.name} was opened in process {self._pid}, and this is a fork of it, process {os.getpid()}: open one in "
                 "each process, after the fork (gunicorn: post_fork; Celery: worker_process_init)"
             )
+
+    def _hand_over(
+        self, call: str, future: Future[T], function: Callable[..., Awaitable[T]], args: tuple[object, ...]
+    ) -> None:
+        refuse_in_loop(call)
+        self._require_own()
+        with self._lock:
+            if self._state == _CLOSED:
+                raise ClosedResourceError(f"{self.name} is closed")
+            if self._state != _OPEN:
+                raise RuntimeError(f"{self.name} is not open: use it in a 'with' block, or call open() first")
+            self.call_soon(self._spawn, future, function, args)
 
     def _run(self) -> None:
         try:
@@ -212,7 +218,8 @@ class Portal:
                 self.call_soon(self._bell.set)
 
     def _spawn(self, future: Future[Any], function: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
-        self._calls.start_soon(self._answer, future, function, args)
+        if not future.cancelled():
+            self._calls.start_soon(self._answer, future, function, args)
 
     async def _answer(self, future: Future[T], function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> None:
         with CancelScope() as scope:

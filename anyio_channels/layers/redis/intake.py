@@ -392,6 +392,8 @@ class QueueIntake(RedisLayer):
                     self._late[self._link_of(channel.name)] += [
                         (channel, item) for item in channel.withdraw(promised=True) if isinstance(item, Popped)
                     ]
+            for group in self._here.groups.values():  # of inboxes that are still open: nobody else would end these
+                self._to_leave += [(group.name, name) for name in group.members if name not in group.expiries]
 
     async def _wind_up(self, link: Link) -> None:
         popper = self._poppers[link]

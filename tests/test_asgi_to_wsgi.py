@@ -1,0 +1,811 @@
+"""ASGI applications called as WSGI applications, and both adapters in a row; real servers are in test_wsgi_servers.py."""
+
+from __future__ import annotations
+
+import io
+import logging
+import queue
+import re
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import pytest
+from anyio import (
+    ClosedResourceError,
+    Event,
+    create_task_group,
+    get_cancelled_exc_class,
+    run,
+    sleep_forever,
+    wait_all_tasks_blocked,
+)
+from anyio.lowlevel import current_token
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from anyio_channels.wsgi import AsgiToWsgi, WsgiToAsgi
+
+PATIENCE = 20.0
+TEXT = [(b"content-type", b"text/plain")]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+OPTIONS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+
+
+@pytest.fixture(params=OPTIONS)
+def serve(request: pytest.FixtureRequest) -> Callable[..., AsgiToWsgi]:
+    """Make an adapter on each backend; to be closed by the test."""
+    backend, options = request.param
+
+    def make(app: Any, **others: Any) -> AsgiToWsgi:
+        return AsgiToWsgi(app, backend, backend_options=options, **others)
+
+    return make
+
+
+Serve = Callable[..., AsgiToWsgi]
+
+
+class Answer:
+    """What a WSGI server gets."""
+
+    def __init__(self) -> None:
+        self.status = ""
+        self.headers: list[tuple[str, str]] = []
+        self.body = b""
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        self.status = status
+        self.headers = headers
+        return lambda chunk: None
+
+
+def environ_of(body: bytes | None = None, **environ: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {"REQUEST_METHOD": "GET", "SERVER_PROTOCOL": "HTTP/1.1", "QUERY_STRING": ""}
+    if body is not None:
+        result |= {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+    result |= environ
+    setup_testing_defaults(result)
+    return result
+
+
+def ask(app: Any, body: bytes | None = None, *, is_checked: bool = True, **environ: Any) -> Answer:
+    """Make one request as a WSGI server does, with the validator of the standard library in between."""
+    answer = Answer()
+    chunks = (validator(app) if is_checked else app)(environ_of(body, **environ), answer.start)
+    try:
+        for chunk in chunks:
+            answer.body += chunk
+    finally:
+        if hasattr(chunks, "close"):
+            chunks.close()
+    return answer
+
+
+async def read_all(receive: Receive) -> bytes:
+    body: bytes = b""
+    while True:
+        message = await receive()
+        assert message["type"] == "http.request"
+        body += message["body"]
+        if not message["more_body"]:
+            return bytes(body)
+
+
+async def start(send: Send, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": TEXT if headers is None else headers})
+
+
+async def send_body(send: Send, body: bytes, *, more: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def echo(scope: Message, receive: Receive, send: Send) -> None:
+    body = await read_all(receive)
+    await start(send)
+    await send_body(send, body)
+
+
+def test_requests_and_responses(serve: Serve) -> None:
+    with serve(echo) as app:
+        for body in (b"abc", b"", None, b"x" * 3_000_000):
+            answer = ask(app, body)
+            assert (answer.status, answer.headers) == ("200 OK", [("content-type", "text/plain")])
+            assert answer.body == (body or b"")
+
+
+# What the application is told
+
+
+def scope_of(body: bytes | None = None, **environ: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            found.update(scope)
+            await echo(scope, receive, send)
+
+    with AsgiToWsgi(app) as wsgi:
+        ask(wsgi, body, is_checked=False, **environ)
+    return found
+
+
+def test_scope() -> None:
+    scope = scope_of(
+        b"abc",
+        REQUEST_METHOD="PUT",
+        SCRIPT_NAME="/app",
+        PATH_INFO="/a b/\xc3\xa9",
+        QUERY_STRING="q=%C3%A9",
+        SERVER_NAME="example.org",
+        SERVER_PORT="8443",
+        SERVER_PROTOCOL="HTTP/1.0",
+        HTTP_HOST="example.org",
+        HTTP_X_ONE="\xe9",
+        CONTENT_TYPE="a/b",
+        REMOTE_ADDR="10.0.0.1",
+        REMOTE_PORT="50000",
+        **{"wsgi.url_scheme": "https"},
+    )
+    environ = scope.pop("wsgi.environ")
+    assert environ["PATH_INFO"] == "/a b/\xc3\xa9"
+    assert scope == {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.0",
+        "method": "PUT",
+        "scheme": "https",
+        "path": "/app/a b/é",
+        "raw_path": b"/app/a%20b/%C3%A9",
+        "query_string": b"q=%C3%A9",
+        "root_path": "/app",
+        "headers": [
+            (b"host", b"example.org"),
+            (b"x-one", b"\xe9"),
+            (b"content-type", b"a/b"),
+            (b"content-length", b"3"),
+        ],
+        "server": ("example.org", 8443),
+        "client": ("10.0.0.1", 50000),
+        "state": {},
+        "extensions": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"PATH_INFO": "/a/b", "RAW_URI": "/a%2Fb?x=1"}, {"raw_path": b"/a%2Fb", "path": "/a/b"}),
+        ({"PATH_INFO": "/a/b", "REQUEST_URI": "/a%2Fb"}, {"raw_path": b"/a%2Fb"}),
+        ({"PATH_INFO": "/rewritten", "RAW_URI": "/original"}, {"raw_path": b"/rewritten"}),
+        ({"PATH_INFO": "/\xff"}, {"raw_path": b"/%FF", "path": "/�"}),
+        ({"PATH_INFO": "", "SCRIPT_NAME": "/app"}, {"path": "/app", "root_path": "/app"}),
+        ({"SERVER_PORT": ""}, {"server": ("127.0.0.1", None)}),
+        ({"REMOTE_ADDR": "10.0.0.1"}, {"client": ("10.0.0.1", 0)}),
+        ({}, {"client": None}),
+    ],
+    ids=str,
+)
+def test_paths_and_addresses(environ: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The path as it came is told where the server tells it; otherwise it is quoted anew."""
+    scope = scope_of(**environ)
+    assert {name: scope[name] for name in expected} == expected
+
+
+def test_a_body_whose_end_the_server_marks() -> None:
+    """Without a length, all is read if the server says that its input ends (``wsgi.input_terminated``), and nothing otherwise."""
+    for is_terminated, expected in (True, b"x" * 100_000), (False, b""):
+        environ: dict[str, Any] = {"wsgi.input": io.BytesIO(b"x" * 100_000), "wsgi.input_terminated": is_terminated}
+        with AsgiToWsgi(echo) as app:
+            assert ask(app, is_checked=False, **environ).body == expected
+
+
+# Responses
+
+
+def test_headers_and_status() -> None:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        headers = [(b"set-cookie", b"a=1"), (b"transfer-encoding", b"chunked"), (b"set-cookie", b"b=\xfc")]
+        await start(send, 299, headers)
+        await send_body(send, b"")
+
+    with AsgiToWsgi(app) as wsgi:
+        answer = ask(wsgi, is_checked=False)
+    # PEP 3333: header fields of the connection are the server's own.
+    assert (answer.status, answer.headers) == ("299 Unknown", [("set-cookie", "a=1"), ("set-cookie", "b=\xfc")])
+
+
+def test_chunks_come_as_they_are_sent(serve: Serve) -> None:
+    """The server has each chunk before the application has made the next."""
+    may_go_on: list[Event] = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return
+        await start(send)
+        for number in range(5):
+            may_go_on.append(Event())
+            await send_body(send, b"%d" % number, more=True)
+            await may_go_on[-1].wait()
+        await send_body(send, b"", more=False)
+
+    with serve(app) as wsgi:
+        chunks = wsgi(environ_of(), Answer().start)
+        for number in range(5):
+            assert next(chunks) == b"%d" % number
+            wsgi._host().portal.call_soon(may_go_on[number].set)
+        assert list(chunks) == []
+
+
+def test_the_application_waits_for_a_slow_server(serve: Serve) -> None:
+    """It is ahead by the buffer and one chunk at most."""
+    sent: list[int] = []
+    waits = threading.Semaphore(0)
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return
+        await start(send)
+        for number in range(100):
+            sent.append(number)
+            if number == 5:
+                waits.release()
+            await send_body(send, b"x" * 10, more=number < 99)
+
+    with serve(app, buffer_size=50) as wsgi:
+        chunks = wsgi(environ_of(), Answer().start)
+        assert waits.acquire(timeout=PATIENCE)
+        wsgi._host().portal.call("settling", wait_all_tasks_blocked)
+        assert len(sent) == 6
+        assert next(chunks) == b"x" * 10  # which the server is sending now: it is not yet through
+        wsgi._host().portal.call("settling", wait_all_tasks_blocked)
+        assert len(sent) == 6
+        assert b"".join(chunks) == b"x" * 990
+        assert len(sent) == 100
+
+
+# Errors
+
+
+def app_of(handle: Callable[[Receive, Send], Awaitable[None]]) -> Any:
+    """An application without lifespan."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        await handle(receive, send)
+
+    return app
+
+
+def test_an_error_before_the_response(serve: Serve) -> None:
+    """It is raised to the server, which answers 500; the next request is served."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        if (await receive())["body"] == b"bad":
+            raise KeyError("before")
+        await start(send)
+        await send_body(send, b"ok")
+
+    with serve(app_of(handle)) as wsgi:
+        with pytest.raises(KeyError, match="before"):
+            ask(wsgi, b"bad")
+        assert ask(wsgi, b"good").body == b"ok"
+
+
+def test_an_error_in_the_response(serve: Serve) -> None:
+    """The server gets what was sent before, then the error."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send)
+        await send_body(send, b"first", more=True)
+        raise KeyError("middle")
+
+    with serve(app_of(handle)) as wsgi:
+        chunks = wsgi(environ_of(), Answer().start)
+        assert next(chunks) == b"first"
+        with pytest.raises(KeyError, match="middle"):
+            next(chunks)
+        chunks.close()  # type: ignore[attr-defined]
+
+
+def test_an_error_after_the_response(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """The response is complete; the error is logged."""
+    ended = threading.Event()
+
+    async def handle(receive: Receive, send: Send) -> None:
+        try:
+            await start(send)
+            await send_body(send, b"ok")
+            raise KeyError("after")
+        finally:
+            ended.set()
+
+    with serve(app_of(handle)) as wsgi:
+        assert ask(wsgi).body == b"ok"
+        assert ended.wait(PATIENCE)
+    assert "an error after its response" in caplog.text
+    assert "KeyError: 'after'" in caplog.text
+
+
+async def sends_nothing(receive: Receive, send: Send) -> None:
+    pass
+
+
+async def sends_half(receive: Receive, send: Send) -> None:
+    await start(send)
+    await send_body(send, b"half", more=True)
+
+
+async def starts_twice(receive: Receive, send: Send) -> None:
+    await start(send)
+    await start(send)
+
+
+async def begins_with_body(receive: Receive, send: Send) -> None:
+    await send_body(send, b"x")
+
+
+async def sends_on(receive: Receive, send: Send) -> None:
+    await start(send)
+    await send_body(send, b"x")
+    await send_body(send, b"y")
+
+
+@pytest.mark.parametrize(
+    ("handle", "match"),
+    [
+        (sends_nothing, "returned without a response"),
+        (sends_half, "returned before its response was complete"),
+        (starts_twice, "sent 'http.response.start' where 'http.response.body' is due"),
+        (begins_with_body, "sent 'http.response.body' where 'http.response.start' is due"),
+    ],
+)
+def test_applications_that_break_the_rules(handle: Any, match: str) -> None:
+    with AsgiToWsgi(app_of(handle)) as wsgi, pytest.raises(RuntimeError, match=match):
+        ask(wsgi, is_checked=False)
+
+
+def test_what_is_sent_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with AsgiToWsgi(app_of(sends_on)) as wsgi:
+        assert ask(wsgi).body == b"x"
+    assert "sent 'http.response.body' after its response was complete" in caplog.text
+
+
+def test_the_server_refuses_the_response(serve: Serve) -> None:
+    """If ``start_response`` raises, the application is cancelled and the error is the server's own."""
+    ended = threading.Event()
+
+    async def handle(receive: Receive, send: Send) -> None:
+        try:
+            await start(send)
+            await sleep_forever()
+        finally:
+            ended.set()
+
+    def refuse(*args: Any) -> Any:
+        raise ValueError("refused")
+
+    with serve(app_of(handle)) as wsgi:
+        with pytest.raises(ValueError, match="refused"):
+            wsgi(environ_of(), refuse)
+        assert ended.is_set()
+
+
+# The end of a request
+
+
+def test_the_server_closes_the_response(serve: Serve) -> None:
+    """The application is cancelled where it waits, and ``close()`` returns when it has cleaned up."""
+    ended: list[str] = []
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send)
+        try:
+            while True:
+                await send_body(send, b"x" * 1000, more=True)
+        except get_cancelled_exc_class():
+            ended.append("cancelled")
+            raise
+
+    with serve(app_of(handle)) as wsgi:
+        chunks = wsgi(environ_of(), Answer().start)
+        assert next(chunks)
+        chunks.close()  # type: ignore[attr-defined]
+        assert ended == ["cancelled"]
+        chunks.close()  # type: ignore[attr-defined]
+
+
+def test_disconnect_is_told_after_the_response(serve: Serve) -> None:
+    """Who listens for the end of the connection beside a response gets ``http.disconnect`` at its end."""
+    heard: queue.Queue[str] = queue.Queue()
+
+    async def handle(receive: Receive, send: Send) -> None:
+        async def listen() -> None:
+            heard.put((await receive())["type"])
+
+        assert (await receive())["type"] == "http.request"
+        async with create_task_group() as tasks:
+            tasks.start_soon(listen)
+            tasks.start_soon(listen)
+            await start(send)
+            await send_body(send, b"ok")
+
+    with serve(app_of(handle)) as wsgi:
+        assert ask(wsgi, b"x").body == b"ok"
+        assert [heard.get(timeout=PATIENCE) for _ in range(2)] == ["http.disconnect"] * 2
+
+
+class Broken(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError("the client is gone")
+
+
+@pytest.mark.parametrize("length", [10, 100_000])
+@pytest.mark.parametrize("stream", [io.BytesIO(b"abc"), Broken()], ids=["cut off", "broken"])
+def test_the_client_goes_away_in_the_middle_of_its_body(length: int, stream: io.BytesIO) -> None:
+    got: list[Any] = []
+
+    async def handle(receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            got.append(message.get("body"))
+            if message["type"] == "http.disconnect":
+                break
+            assert message["more_body"]
+        assert (await receive())["type"] == "http.disconnect"
+        await start(send)
+        await send_body(send, b"to nobody")
+
+    stream.seek(0)
+    environ: dict[str, Any] = {"wsgi.input": stream, "CONTENT_LENGTH": str(length)}
+    with AsgiToWsgi(app_of(handle)) as wsgi:
+        ask(wsgi, is_checked=False, **environ)
+    assert got == ([None] if isinstance(stream, Broken) else [b"abc", None])
+
+
+def test_a_cancelled_receive_loses_nothing(serve: Serve) -> None:
+    """What the thread reads for a receive that was cancelled meanwhile, the next one gets."""
+    may_read = threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert may_read.wait(PATIENCE)
+            return super().read(size)
+
+    async def handle(receive: Receive, send: Send) -> None:
+        async with create_task_group() as tasks:
+            tasks.start_soon(read_all, receive)
+            await wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        may_read.set()
+        body = await read_all(receive)
+        await start(send)
+        await send_body(send, body)
+
+    with serve(app_of(handle)) as wsgi:
+        body = bytes(range(256)) * 1000
+        environ: dict[str, Any] = {"wsgi.input": Slow(body), "CONTENT_LENGTH": str(len(body))}
+        answer = ask(wsgi, is_checked=False, **environ)
+    assert answer.body == body
+
+
+def test_background_tasks_go_on_after_the_response(serve: Serve) -> None:
+    """The server's thread does not wait for them, and its ``close()`` does not cancel them."""
+    may_end: list[Event] = []
+    begun = threading.Event()
+    done = threading.Event()
+
+    async def work() -> None:
+        may_end.append(Event())
+        begun.set()
+        await may_end[0].wait()
+        done.set()
+
+    def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok", background=BackgroundTask(work))
+
+    with serve(Starlette(routes=[Route("/", endpoint)])) as wsgi:
+        assert ask(wsgi).body == b"ok"
+        assert begun.wait(PATIENCE)
+        assert not done.is_set()
+        wsgi._host().portal.call_soon(may_end[0].set)
+        assert done.wait(PATIENCE)
+
+
+# The event loop and the lifespan
+
+
+def lifespan_app(events: list[str], *, fails_at: str = "", raises_at: str = "") -> Any:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            events.append("request")
+            await start(send)
+            return await send_body(send, scope["state"]["key"].encode())
+        scope["state"]["key"] = "value"
+        for step in ("startup", "shutdown"):
+            assert await receive() == {"type": f"lifespan.{step}"}
+            events.append(step)
+            if raises_at == step:
+                raise KeyError(step)
+            outcome = "failed" if fails_at == step else "complete"
+            await send({"type": f"lifespan.{step}.{outcome}", "message": "the reason"})
+        return await sleep_forever()
+
+    return app
+
+
+def test_lifespan(serve: Serve) -> None:
+    """It starts with the first request or with open(), once; its state is in each request; it ends with close()."""
+    events: list[str] = []
+    app = serve(lifespan_app(events))
+    assert events == []
+    assert ask(app).body == b"value"
+    assert ask(app).body == b"value"
+    assert events == ["startup", "request", "request"]
+    app.close()
+    app.close()
+    assert events == ["startup", "request", "request", "shutdown"]
+    with pytest.raises(ClosedResourceError, match=r"AsgiToWsgi\(.*\) is closed"):
+        ask(app)
+    with app:
+        assert events[4:] == ["startup"]
+        with pytest.raises(RuntimeError, match="is already open"):
+            app.open()
+    assert events[5:] == ["shutdown"]
+
+
+def test_many_first_requests_at_the_same_time(serve: Serve) -> None:
+    events: list[str] = []
+    app = serve(lifespan_app(events))
+    go = threading.Barrier(20)
+    answers: list[bytes] = []
+
+    def client() -> None:
+        go.wait()
+        answers.append(ask(app).body)
+
+    threads = [threading.Thread(target=client) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    app.close()
+    assert answers == [b"value"] * 20
+    assert events.count("startup") == events.count("shutdown") == 1
+
+
+def test_a_startup_that_fails(serve: Serve) -> None:
+    """Each request says so, and tries again."""
+    events: list[str] = []
+    app = serve(lifespan_app(events, fails_at="startup"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="failed at startup: the reason"):
+            ask(app)
+    assert events == ["startup", "startup"]
+    app.close()
+
+
+def test_a_shutdown_that_fails(serve: Serve) -> None:
+    app = serve(lifespan_app([], fails_at="shutdown")).open()
+    with pytest.raises(RuntimeError, match="failed at shutdown: the reason"):
+        app.close()
+    app.close()
+
+
+def test_a_lifespan_that_raises(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Before it answered, the application does without a lifespan; later, the error is logged."""
+    caplog.set_level(logging.INFO)
+    events: list[str] = []
+    with serve(lifespan_app(events, raises_at="startup")) as app:
+        assert ask(app).body == b"value"
+    assert "does not support the lifespan protocol" in caplog.text
+    caplog.clear()
+    with serve(lifespan_app(events, raises_at="shutdown")):
+        pass
+    assert "an error in its lifespan" in caplog.text
+
+
+def test_closing_cancels_the_requests(serve: Serve) -> None:
+    """Whoever waits for one is told, and nothing goes on."""
+    begun = threading.Event()
+    errors: list[BaseException] = []
+
+    async def handle(receive: Receive, send: Send) -> None:
+        begun.set()
+        await sleep_forever()
+
+    app = serve(app_of(handle))
+
+    def client() -> None:
+        try:
+            ask(app)
+        except ClosedResourceError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    app.close()
+    thread.join(PATIENCE)
+    assert re.search(r"AsgiToWsgi\(.*\) was closed", str(errors[0]))
+
+
+def test_all_requests_of_a_process_share_one_loop(serve: Serve) -> None:
+    loops: set[Any] = set()
+
+    async def handle(receive: Receive, send: Send) -> None:
+        loops.add(current_token())
+        await start(send)
+        await send_body(send, threading.current_thread().name.encode())
+
+    with serve(app_of(handle)) as app:
+        names = {ask(app).body for _ in range(5)}
+    assert len(loops) == len(names) == 1
+    assert names != {threading.current_thread().name.encode()}
+
+
+def test_a_fork_has_an_event_loop_of_its_own() -> None:
+    """gunicorn --preload: what the parent has started is not used, and not ended, by its children."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_asgi_to_wsgi import AsgiToWsgi, ask, lifespan_app
+events = []
+app = AsgiToWsgi(lifespan_app(events))
+assert ask(app).body == b"value"
+child = os.fork()
+if not child:
+    events.clear()
+    assert ask(app).body == b"value"
+    assert events == ["startup", "request"], events
+    app.close()
+    assert events[2:] == ["shutdown"]
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert ask(app).body == b"value"
+assert events == ["startup", "request", "request"], events
+import atexit
+atexit.register(lambda: print(events[-1]))  # which runs before what was registered earlier
+"""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", script],
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# WebSockets, and what the adapter itself refuses
+
+
+def test_websockets_are_refused() -> None:
+    answer = ask(AsgiToWsgi(echo), is_checked=False, HTTP_UPGRADE="WebSocket", HTTP_CONNECTION="Upgrade")
+    assert answer.status == "501 Not Implemented"
+    assert b"WebSockets" in answer.body
+
+
+def test_in_the_thread_of_an_event_loop() -> None:
+    """It would block the loop, perhaps for ever: it says so."""
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="would block the event loop that runs in this thread"):
+            ask(app)
+
+    app = AsgiToWsgi(echo)
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"app": 5}, "app must be an ASGI application, not 5"),
+        ({"backend": "curio"}, "backend must be one of 'asyncio', 'trio', not 'curio'"),
+        ({"buffer_size": 0}, "buffer_size must be at least 1, not 0"),
+        ({"buffer": 5}, "buffer"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        AsgiToWsgi(**{"app": echo, **options})
+
+
+# Both in a row
+
+HOP_BY_HOP: set[str] = {"connection", "te", "trailers", "upgrade", "keep-alive", "content-length"}
+NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
+FIELDS: st.SearchStrategy[str] = NAMES.filter(lambda name: name not in HOP_BY_HOP)
+VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=10)
+PATHS = st.lists(st.binary(max_size=6), max_size=3).map(lambda parts: "/" + b"/".join(parts).decode("latin-1"))
+RESPONSES = st.tuples(
+    st.sampled_from([200, 201, 204, 301, 404, 418, 500]),
+    st.lists(st.tuples(FIELDS, VALUES), max_size=4),
+    st.lists(st.binary(max_size=2000), max_size=5),
+    st.booleans(),
+)
+
+
+@contextmanager
+def both(app: Any, **options: Any) -> Iterator[AsgiToWsgi]:
+    with AsgiToWsgi(WsgiToAsgi(app, **options)) as wsgi:
+        yield wsgi
+
+
+def seen_by(app: Any, environ: dict[str, Any], body: bytes) -> tuple[Any, ...]:
+    answer = ask(app, body, is_checked=False, **environ)
+    return answer.status.split()[0], answer.headers, answer.body
+
+
+@pytest.mark.parametrize("spool", [False, True], ids=["stream", "spool"])
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "X-OWN"]),
+    path=PATHS,
+    script=st.sampled_from(["", "/app", "/é".encode().decode("latin-1")]),
+    query=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=20),
+    headers=st.dictionaries(NAMES, VALUES, max_size=4),
+    body=st.binary(max_size=3000),
+    response=RESPONSES,
+)
+def test_both_in_a_row_change_nothing(
+    spool: bool,
+    method: str,
+    path: str,
+    script: str,
+    query: str,
+    headers: dict[str, str],
+    body: bytes,
+    response: tuple[int, list[tuple[str, str]], list[bytes], bool],
+) -> None:
+    """``AsgiToWsgi(WsgiToAsgi(app))`` is ``app``: what it is told, what it reads, and what it answers."""
+    seen: list[dict[str, Any]] = []
+    read: list[bytes] = []
+    status, fields, chunks, is_list = response
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        seen.append({name: value for name, value in environ.items() if name.isupper()})
+        read.append(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0)))
+        start_response(f"{status} Phrase", [*fields, ("content-length", str(sum(map(len, chunks))))])
+        return chunks if is_list else iter(chunks)
+
+    environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": script, "PATH_INFO": path, "QUERY_STRING": query}
+    environ |= {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in headers.items()}
+    environ |= {"REMOTE_ADDR": "10.0.0.1", "REMOTE_PORT": "5"}
+    direct = seen_by(app, environ, body)
+    with both(app, buffer_size=1000, spool=spool) as wsgi:
+        assert seen_by(wsgi, environ, body) == direct
+    assert read == [body, body]
+    assert seen[1] == seen[0]
+
+
+def test_both_in_a_row_pass_the_validator() -> None:
+    """On both sides of both."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0))
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [body]
+
+    with both(validator(app)) as wsgi:
+        assert ask(wsgi, b"abc").body == b"abc"
+        assert ask(wsgi, b"x" * 3_000_000).body == b"x" * 3_000_000

@@ -1,0 +1,427 @@
+"""Any layer from synchronous code; deployments are in test_sync_deployed.py."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import redis.exceptions
+from anyio import ClosedResourceError, to_thread
+from layers_on_redis import new_prefix
+from redis_server import RedisServer
+
+from anyio_channels import (
+    BaseChannelLayer,
+    ChannelFull,
+    InMemoryChannelLayer,
+    MessagesLost,
+    MessageTooLarge,
+    RedisChannelLayer,
+    RedisPubSubChannelLayer,
+)
+from anyio_channels.portal import Portal
+from anyio_channels.sync import SyncChannelLayer
+
+PATIENCE = 20.0
+BACKENDS = [
+    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    pytest.param(("trio", {}), id="trio"),
+]
+KINDS: list[type[Any]] = [InMemoryChannelLayer, RedisChannelLayer, RedisPubSubChannelLayer]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    found: tuple[str, dict[str, Any]] = request.param
+    return found
+
+
+@pytest.fixture(params=KINDS, ids=["memory", "queue", "pubsub"])
+def inside(request: pytest.FixtureRequest) -> BaseChannelLayer:
+    """A layer that is not open yet."""
+    if request.param is InMemoryChannelLayer:
+        return InMemoryChannelLayer(capacity=1000, channel_capacity={"small": 5})
+    server: RedisServer = request.getfixturevalue("redis_server")
+    layer: BaseChannelLayer = request.param(hosts=[server.url], prefix=new_prefix(), capacity=1000, channel_capacity={"small": 5})
+    return layer
+
+
+@pytest.fixture
+def sync(inside: BaseChannelLayer, backend: tuple[str, dict[str, Any]]) -> SyncChannelLayer:
+    return SyncChannelLayer(inside, backend[0], backend_options=backend[1])
+
+
+def keeps_messages(layer: SyncChannelLayer) -> bool:
+    """Whether a message that nobody reads yet waits for its reader."""
+    return not isinstance(layer.layer, RedisPubSubChannelLayer)
+
+
+class Caller(threading.Thread):
+    """Calls a function in another thread, and has what became of it."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        super().__init__(daemon=True)
+        self._call: Callable[[], Any] = lambda: function(*args)
+        self._outcome: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._call()
+        except BaseException as error:  # noqa: BLE001 - raised by result()
+            self._error = error
+
+    def result(self) -> Any:
+        self.join(PATIENCE)
+        assert not self.is_alive(), "it still waits"
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+
+def wait_for_readers(layer: SyncChannelLayer, count: int) -> None:
+    """Return when so many calls wait for a message, in whatever threads."""
+    while layer.statistics().waiting_receivers < count:
+        pass
+
+
+def test_messages(sync: SyncChannelLayer) -> None:
+    with sync as layer:
+        channel = layer.new_channel("mine.")
+        assert channel.startswith("mine.")
+        reader = Caller(layer.receive, channel)
+        wait_for_readers(layer, 1)
+        layer.send(channel, {"type": "x", "n": (1, b"\0")})
+        assert reader.result() == {"type": "x", "n": [1, b"\0"]}
+        with pytest.raises(TimeoutError, match=r"no message came on channel 'empty' within 0\.01 s"):
+            layer.receive("empty", timeout=0.01)
+
+
+def test_groups(sync: SyncChannelLayer) -> None:
+    with sync as layer:
+        one, other = layer.new_channel(), layer.new_channel()
+        for channel in (one, other, other):
+            layer.group_add("room", channel)
+        assert layer.group_channels("room") == {one, other}
+        readers = [Caller(layer.receive, channel, PATIENCE) for channel in (one, other)]
+        wait_for_readers(layer, 2)
+        layer.group_send("room", {"type": "hello"}, exclude=[one])
+        assert readers[1].result() == {"type": "hello"}
+        layer.group_discard("room", other)
+        layer.group_send("room", {"type": "again"})
+        assert readers[0].result() == {"type": "again"}
+        layer.flush()
+        assert layer.group_channels("room") == set()
+
+
+def test_an_inbox(sync: SyncChannelLayer) -> None:
+    """A with block is a subscription, and iterating over it receives."""
+    with sync as layer:
+        with layer.subscribe("room", capacity=2, on_gap="raise") as inbox:
+            inbox.join("other")
+            assert layer.group_channels("other") == {inbox.channel}
+            inbox.leave("other")
+            assert layer.group_channels("other") == set()
+            layer.group_send("room", {"n": 1})
+            assert inbox.receive() == {"n": 1}
+            for number in range(3):
+                layer.group_send("room", {"n": number})
+            got: list[Any] = []
+            with pytest.raises(MessagesLost):
+                got.extend(iter(inbox))  # an iterator without end
+            assert got == [{"n": 0}, {"n": 1}]
+            with pytest.raises(TimeoutError, match=rf"no message came on channel '{inbox.channel}' within 0\.01 s"):
+                inbox.receive(timeout=0.01)
+            assert repr(inbox) == f"<SyncInbox {inbox.channel} of {layer.layer!r}>"
+        assert layer.group_channels("room") == set()
+        with pytest.raises(ClosedResourceError):
+            inbox.receive()
+
+
+def test_errors_are_those_of_the_layer(sync: SyncChannelLayer) -> None:
+    with sync as layer:
+        with pytest.raises(TypeError, match="Channel name must be"):
+            layer.send("no name", {})
+        with pytest.raises(MessageTooLarge) as caught:
+            layer.send("a", {"x": b"\0" * (layer.layer.max_message_size + 1)})
+        assert isinstance(caught.value, layer.MessageTooLarge)
+        with pytest.raises(TypeError, match="Group name must be"), layer.subscribe("no name"):
+            pass
+        for timeout in (0, -1, float("nan")):
+            with pytest.raises(ValueError, match="timeout must be a positive, finite number of seconds"):
+                layer.receive("a", timeout=timeout)
+        with pytest.raises(ValueError, match="timeout=5 has no effect without wait=True"):
+            layer.send("a", {}, timeout=5)
+
+
+@pytest.mark.parametrize("inside", KINDS[:2], indirect=True, ids=["memory", "queue"])
+def test_capacity(sync: SyncChannelLayer) -> None:
+    """A full channel refuses, or is waited for."""
+    with sync as layer:
+        for number in range(5):
+            layer.send("small", {"n": number})
+        with pytest.raises(ChannelFull) as caught:
+            layer.send("small", {"n": 5})
+        assert isinstance(caught.value, layer.ChannelFull)
+        with pytest.raises(TimeoutError, match=r"there was no room in channel 'small' within 0\.01 s"):
+            layer.send("small", {"n": 5}, wait=True, timeout=0.01)
+        sender = Caller(lambda: layer.send("small", {"n": 5}, wait=True))
+        assert [layer.receive("small", PATIENCE)["n"] for _ in range(6)] == list(range(6))
+        sender.result()
+
+
+def test_many_threads(sync: SyncChannelLayer) -> None:
+    """Every message of 20 threads arrives once, in the order of its thread."""
+    with sync as layer, layer.subscribe("room", capacity=1000) as inbox:
+
+        def send(sender: int) -> None:
+            for number in range(20):
+                layer.group_send("room", {"sender": sender, "number": number})
+
+        senders = [Caller(send, number) for number in range(20)]
+        got = [inbox.receive(PATIENCE) for _ in range(400)]
+        for sender in senders:
+            sender.result()
+        for number in range(20):
+            assert [one["number"] for one in got if one["sender"] == number] == list(range(20))
+
+
+def test_closing_ends_the_waits(sync: SyncChannelLayer) -> None:
+    """Readers in other threads are told; afterwards every call says that the layer is closed; it can be opened again."""
+    layer = sync.open()
+    inbox = layer.subscribe("room")
+    inbox.__enter__()
+    readers = [Caller(layer.receive, "a"), Caller(next, inbox)]
+    wait_for_readers(layer, 2)
+    layer.close()
+    layer.close()
+    for reader in readers:
+        with pytest.raises(ClosedResourceError):
+            reader.result()
+    inbox.__exit__(None, None, None)
+    with pytest.raises(ClosedResourceError, match=r"SyncChannelLayer\(.*\) is closed"):
+        layer.send("a", {})
+    with layer:
+        assert layer.group_channels("room") == set()
+
+
+def test_not_open() -> None:
+    layer = SyncChannelLayer(InMemoryChannelLayer())
+    with pytest.raises(RuntimeError, match="is not open: use it in a 'with' block, or call open"):
+        layer.send("a", {})
+    layer.close()
+    with layer, pytest.raises(RuntimeError, match="is already open"):
+        layer.open()
+
+
+def test_a_layer_that_cannot_be_opened() -> None:
+    """Its error is raised by open(), and opening may be tried again."""
+    layer = SyncChannelLayer(RedisChannelLayer(hosts=[("127.0.0.1", 1)], connect_timeout=0.2))
+    for _ in range(2):
+        with pytest.raises(redis.exceptions.ConnectionError, match=r"127\.0\.0\.1:1"):
+            layer.open()
+    layer.close()
+
+
+@pytest.mark.parametrize("call", ["open", "send", "receive", "close"])
+def test_in_the_thread_of_an_event_loop(call: str, backend: tuple[str, dict[str, Any]]) -> None:
+    """It would block the loop: it says so, and what to do instead. In a worker thread of that loop all is well."""
+    layer = SyncChannelLayer(InMemoryChannelLayer())
+    calls: dict[str, Callable[[], object]] = {
+        "open": layer.open,
+        "send": lambda: layer.send("a", {}),
+        "receive": lambda: layer.receive("a"),
+        "close": layer.close,
+    }
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match=r"would block the event loop .*anyio\.to_thread\.run_sync"):
+            calls[call]()
+        await to_thread.run_sync(layer.statistics if call != "open" else layer.open)
+
+    if call != "open":
+        layer.open()
+    anyio.run(main, backend=backend[0], backend_options=backend[1])
+    layer.close()
+
+
+def test_shared_with_an_event_loop(backend: tuple[str, dict[str, Any]]) -> None:
+    """An in-memory layer is one for threads with and without an event loop."""
+    memory = InMemoryChannelLayer()
+
+    async def main() -> Any:
+        await to_thread.run_sync(layer.send, "to-loop", {"n": 1})
+        message = await memory.receive("to-loop")
+        await memory.send("to-thread", message)
+
+    with SyncChannelLayer(memory) as layer:
+        anyio.run(main, backend=backend[0], backend_options=backend[1])
+        assert layer.receive("to-thread", PATIENCE) == {"n": 1}
+
+
+def test_an_interrupted_wait_takes_nothing(backend: tuple[str, dict[str, Any]]) -> None:
+    """An exception out of a signal handler (Ctrl-C, a time limit) cancels the call; the next reader gets the message."""
+
+    def on_alarm(*_: object) -> None:
+        raise InterruptedError("time is up")
+
+    def interrupt() -> None:
+        wait_for_readers(layer, 1)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    main = threading.get_ident()
+    before = signal.signal(signal.SIGUSR1, on_alarm)
+    try:
+        with SyncChannelLayer(InMemoryChannelLayer(), backend[0], backend_options=backend[1]) as layer:
+            for _ in range(20):
+                helper = Caller(interrupt)
+                with pytest.raises(InterruptedError, match="time is up"):
+                    layer.receive("a")
+                helper.result()
+                layer.send("a", {"n": 1})
+                assert layer.receive("a", PATIENCE) == {"n": 1}
+            assert layer.statistics().waiting_receivers == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_same_names_and_arguments() -> None:
+    """Every public method and attribute of a layer is there, and takes what the asynchronous one takes."""
+    not_for_users = {"open", "inbox_open", "inbox_close", "inbox_join", "inbox_leave"}
+    internal = {"YIELD_EVERY", "invalid_name_error", "compile_capacities", "default", "max_message_size"}
+    names = {name for name in vars(BaseChannelLayer) if not name.startswith("_")}
+    assert names - not_for_users - internal <= set(vars(SyncChannelLayer))
+    added = {"send": {"timeout"}, "receive": {"timeout"}}
+    for name in names - not_for_users - internal:
+        theirs = getattr(BaseChannelLayer, name)
+        if callable(theirs) and not isinstance(theirs, type):
+            ours = inspect.signature(getattr(SyncChannelLayer, name)).parameters
+            expected = inspect.signature(theirs).parameters
+            assert [one for one in ours if one not in added.get(name, ())] == list(expected), name
+            assert all(ours[one].default == expected[one].default for one in expected), name
+
+
+def test_what_needs_no_loop() -> None:
+    layer = SyncChannelLayer(InMemoryChannelLayer(expiry=7, capacity=3, channel_capacity={"b*": 9}))
+    assert (layer.expiry, layer.capacity, layer.get_capacity("a"), layer.get_capacity("bc")) == (7, 3, 3, 9)
+    assert layer.channel_capacity == layer.layer.channel_capacity
+    assert layer.extensions == ["groups", "flush"]
+    assert layer.match_type_and_length("a")
+    assert layer.require_valid_channel_name("a")
+    assert layer.require_valid_group_name("a")
+    assert layer.non_local_name("a!b") == "a!"
+
+
+def test_wrong_options() -> None:
+    wrong: Any = 5
+    with pytest.raises(TypeError, match="layer must be a channel layer, not 5"):
+        SyncChannelLayer(wrong)
+    with pytest.raises(ValueError, match="backend must be one of 'asyncio', 'trio', not 'curio'"):
+        SyncChannelLayer(InMemoryChannelLayer(), "curio")
+
+
+def test_left_open() -> None:
+    """A script that never closes its layer ends by itself, with nothing to say; its layer is closed at exit."""
+    script = """
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.sync import SyncChannelLayer
+
+class Layer(InMemoryChannelLayer):
+    async def close(self):
+        await super().close()
+        print("closed")
+
+layer = SyncChannelLayer(Layer()).open()
+layer.send("a", {})
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"closed\n", b"")
+
+
+class Troubled:
+    """What lives in a portal, and has its own troubles."""
+
+    def __init__(self, *, at: str) -> None:
+        self.at = at
+
+    async def __aenter__(self) -> None:
+        if self.at == "enter":
+            raise KeyError(self.at)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.at == "exit":
+            raise KeyError(self.at)
+
+
+def test_troubles_of_what_lives_there(backend: tuple[str, dict[str, Any]]) -> None:
+    portal = Portal("it", lambda: Troubled(at="enter"), *backend)
+    with pytest.raises(KeyError, match="enter"):
+        portal.open()
+    portal = Portal("it", lambda: Troubled(at="exit"), *backend)
+    portal.open()
+    with pytest.raises(KeyError, match="exit"):
+        portal.close()
+    portal.close()
+
+
+def test_a_loop_that_ends_before_its_time(backend: tuple[str, dict[str, Any]]) -> None:
+    """Who waits for a call is told that the portal is closed, and closing says why."""
+
+    async def end() -> None:
+        raise SystemExit(5)
+
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+    waiting = portal.start("waiting", anyio.sleep_forever)
+    with pytest.raises(SystemExit):
+        portal.call("ending", end)
+    with pytest.raises(ClosedResourceError, match="it is closed"):
+        Caller(lambda: [portal.call("asking", anyio.sleep, 0) for _ in iter(int, 1)]).result()
+    assert waiting.cancelled()
+    portal.call_soon(print)  # to nobody
+    with pytest.raises((SystemExit, BaseExceptionGroup)):
+        portal.close()
+    portal.close()
+
+
+def test_opening_is_interrupted() -> None:
+    """The thread ends as soon as it has begun, and the portal can be opened again."""
+    may_enter = threading.Event()
+    left = threading.Event()
+
+    class Slow(Troubled):
+        async def __aenter__(self) -> None:
+            await to_thread.run_sync(may_enter.wait)
+
+        async def __aexit__(self, *_: object) -> None:
+            left.set()
+
+    def on_alarm(*_: object) -> None:
+        raise InterruptedError("time is up")
+
+    portal = Portal("it", lambda: Slow(at=""), "asyncio", None)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(InterruptedError):
+            portal.open()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RuntimeError, match="it is already open"):
+        portal.open()
+    may_enter.set()
+    assert left.wait(PATIENCE)
+    portal.close()
+    portal.open()
+    portal.close()
