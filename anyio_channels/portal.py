@@ -9,6 +9,8 @@ Rules:
 - a call is handed to the loop without waiting, under the lock that closing takes: whatever was let in is answered, and whoever
   is interrupted while waiting (Ctrl-C) has cancelled his call. anyio's ``BlockingPortal`` promises neither: a call that
   crosses its stopping can wait for ever, and one interrupted while it is being handed over goes on unseen.
+- a thread that may be interrupted touches no lock that the loop needs, but for one that C takes and releases: an exception
+  between taking a ``Condition`` and entering its block would leave it taken for ever.
 """
 
 from __future__ import annotations
@@ -56,6 +58,13 @@ def refuse_in_loop(call: str) -> None:
     )
 
 
+def _taken_lock() -> threading.Lock:
+    """Return a lock whose next taker waits until somebody releases it."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 class Portal:
     """One event loop in one thread, for callers in any number of threads."""
 
@@ -79,16 +88,18 @@ class Portal:
         self._lock = threading.Lock()
         self._first = threading.Lock()
         self._error: BaseException | None = None
+        self._token: EventLoopToken | None = None
+        self._pending: set[Future[Any]] = set()
 
     @property
     def is_foreign(self) -> bool:
         """Whether it was opened by a process of which this one is a fork."""
-        return self._state != _NEW and self._pid != os.getpid()
+        return self._state in {_OPENING, _OPEN} and self._pid != os.getpid()
 
     def open(self) -> None:
         """Start the thread and wait until what lives there was entered; its errors are raised.
 
-        What is not closed is closed when the process exits. A closed portal may be opened again. ``RuntimeError`` if it is
+        What is not closed is closed when the interpreter exits. A closed portal may be opened again. ``RuntimeError`` if it is
         open, here or in the process that this is a fork of.
         """
         refuse_in_loop(f"opening {self.name}")
@@ -99,17 +110,20 @@ class Portal:
             self._state = _OPENING
             self._pid = os.getpid()
             self._error = None
-            self._started: Future[None] = Future()
+            self._is_abandoned = False
+            self._begun = _taken_lock()
             self._thread = threading.Thread(
                 target=self._run, name=f"{self._backend} portal of {self.name}", daemon=True
             )
         try:
             self._thread.start()
-            self._started.result()
+            self._begun.acquire()
         except BaseException:
-            # It did not start, or the caller was interrupted and it will.
-            self._started.add_done_callback(lambda _: self._stop())
+            self._is_abandoned = True
+            self._stop()
             raise
+        if self._state == _NEW:
+            self._raise_error()
         atexit.register(self.close)
 
     def ensure_open(self) -> None:
@@ -131,35 +145,44 @@ class Portal:
         self._stop()
         self._thread.join()
         atexit.unregister(self.close)
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self._raise_error()
 
     def start(self, call: str, function: Callable[..., Awaitable[T]], *args: object) -> Future[T]:
-        """Have ``function`` called in the loop. Cancelling the future cancels the call, and so does closing.
+        """Have ``function`` called in the loop. ``cancel`` cancels the call, and the future; so does closing.
 
         ``call``: what errors call it. Raises ``RuntimeError`` if an event loop runs in this thread, in a fork, and when not
         open; ``anyio.ClosedResourceError`` when closed.
         """
-        future: Future[T] = Future()
+        future = self._new_future()
         self._hand_over(call, future, function, args)
         return future
 
     def call(self, call: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """As ``start``, and wait for the result. An exception that interrupts the wait cancels the call."""
-        future: Future[T] = Future()
+        future = self._new_future()
+        answered = _taken_lock()
+        future.add_done_callback(lambda _: answered.release())
         try:
             self._hand_over(call, future, function, args)
-            return future.result()
+            answered.acquire()
+        except BaseException:
+            self.cancel(future)
+            raise
+        try:
+            result: T = future.result()
         except CancelledError:
             raise ClosedResourceError(f"{self.name} was closed") from None
-        finally:
-            future.cancel()
+        return result
+
+    def cancel(self, future: Future[Any]) -> None:
+        """Cancel a call that ``start`` began, before any call that is made later."""
+        self.call_soon(future.cancel)
 
     def call_soon(self, function: Callable[..., object], *args: object) -> None:
         """Have a plain function called in the loop, without waiting; for calls that are under way."""
-        with suppress(RunFinishedError):  # there is nobody left to do it for
-            self._token.backend_class.run_sync_soon(function, args, self._token.native_token)
+        if self._token is not None:
+            with suppress(RunFinishedError):  # there is nobody left to do it for
+                self._token.backend_class.run_sync_soon(function, args, self._token.native_token)
 
     # The inside
 
@@ -169,6 +192,16 @@ class Portal:
                 f"{self.name} was opened in process {self._pid}, and this is a fork of it, process {os.getpid()}: open one in "
                 "each process, after the fork (gunicorn: post_fork; Celery: worker_process_init)"
             )
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _new_future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.add_done_callback(self._pending.discard)
+        return future
 
     def _hand_over(
         self, call: str, future: Future[T], function: Callable[..., Awaitable[T]], args: tuple[object, ...]
@@ -180,36 +213,35 @@ class Portal:
                 raise ClosedResourceError(f"{self.name} is closed")
             if self._state != _OPEN:
                 raise RuntimeError(f"{self.name} is not open: use it in a 'with' block, or call open() first")
+            self._pending.add(future)
             self.call_soon(self._spawn, future, function, args)
 
     def _run(self) -> None:
         try:
             run(self._main, backend=self._backend, backend_options=self._backend_options)
         except BaseException as error:  # noqa: BLE001 - raised in the thread that opens or closes
-            if self._started.done():
-                self._state = _CLOSED
-                self._error = error
-            else:
+            self._error = error
+            if self._state == _OPENING:
                 self._state = _NEW
-                self._started.set_exception(error)
+                self._begun.release()
+        self._state = _NEW if self._state == _NEW else _CLOSED
+        for future in tuple(self._pending):  # handed over too late to begin
+            future.cancel()
 
     async def _main(self) -> None:
-        self._token: EventLoopToken = current_token()
+        self._token = current_token()
         self._bell = Event()
         async with self._make_resident(), create_task_group() as calls:
             self._calls: TaskGroup = calls
             self._state = _OPEN
-            self._started.set_result(None)
+            if self._is_abandoned:
+                self._bell.set()
+            self._begun.release()
             try:
                 await self._bell.wait()
             finally:
                 with self._lock:
                     self._state = _CLOSED
-                # Behind all calls that were let in.
-                reached = Event()
-                self.call_soon(reached.set)
-                with CancelScope(shield=True):
-                    await reached.wait()
                 calls.cancel_scope.cancel()
 
     def _stop(self) -> None:
@@ -218,7 +250,7 @@ class Portal:
                 self.call_soon(self._bell.set)
 
     def _spawn(self, future: Future[Any], function: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
-        if not future.cancelled():
+        if self._state == _OPEN and not future.cancelled():
             self._calls.start_soon(self._answer, future, function, args)
 
     async def _answer(self, future: Future[T], function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> None:
@@ -226,18 +258,18 @@ class Portal:
 
             def settled(_: Future[T]) -> None:
                 if future.cancelled():
-                    self.call_soon(scope.cancel)
+                    scope.cancel()
 
             future.add_done_callback(settled)
             try:
                 result = await function(*args)
-            except get_cancelled_exc_class():
+            except (get_cancelled_exc_class(), GeneratorExit):
                 future.cancel()
                 raise
             except BaseException as error:
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(error)
-                if not isinstance(error, Exception):
+                    future.set_exception(error)  # SystemExit too is for the thread that called
+                elif not isinstance(error, Exception):
                     raise
             else:
                 if future.set_running_or_notify_cancel():

@@ -36,8 +36,9 @@ class SyncChannelLayer:
             layer.group_send("room", {"type": "chat.message", "text": "hello"})
 
     Where no block fits (a WSGI application), ``open()`` and ``close()`` do what entering and leaving it does; what is left open
-    is closed when the process exits. Make it anywhere, and open it in each process that uses it, after it was forked: a fork
-    of a process that opened it gets a ``RuntimeError`` that says so.
+    is closed when the interpreter exits (children of ``multiprocessing`` end without that). Make it anywhere, and open it in
+    each process that uses it, after it was forked: in a fork of the process that opened it every call is a
+    ``RuntimeError`` that says so.
 
     Every call raises what its asynchronous twin raises, and also: ``RuntimeError`` when an event loop runs in the calling
     thread, which the call would block, and when the layer was not opened; ``anyio.ClosedResourceError`` when it was closed, or

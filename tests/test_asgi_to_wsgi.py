@@ -233,6 +233,31 @@ def test_headers_and_status() -> None:
     assert (answer.status, answer.headers) == ("299 Unknown", [("set-cookie", "a=1"), ("set-cookie", "b=\xfc")])
 
 
+def test_head(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """The headers of the response and no body, however long; servers differ in whether they leave one out."""
+    ended: queue.Queue[str] = queue.Queue()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return
+        try:
+            await start(send)
+            await send_body(send, b"", more=True)
+            await send_body(send, b"x", more=scope["path"] == "/endless")
+            while scope["path"] == "/endless":
+                await send_body(send, b"x", more=True)
+            ended.put("returned")
+        except get_cancelled_exc_class():
+            ended.put("cancelled")
+            raise
+
+    with serve(app) as wsgi:
+        for path, end in ("/", "returned"), ("/endless", "cancelled"):
+            answer = ask(wsgi, REQUEST_METHOD="HEAD", PATH_INFO=path, is_checked=False)
+            assert (answer.headers, answer.body) == ([("content-type", "text/plain")], b"")
+            assert ended.get(timeout=PATIENCE) == end
+
+
 def test_chunks_come_as_they_are_sent(serve: Serve) -> None:
     """The server has each chunk before the application has made the next."""
     may_go_on: list[Event] = []
@@ -547,7 +572,7 @@ def lifespan_app(events: list[str], *, fails_at: str = "", raises_at: str = "") 
                 raise KeyError(step)
             outcome = "failed" if fails_at == step else "complete"
             await send({"type": f"lifespan.{step}.{outcome}", "message": "the reason"})
-        return await sleep_forever()
+        return await receive()  # for ever
 
     return app
 

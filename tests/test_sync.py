@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
 import redis.exceptions
-from anyio import ClosedResourceError, to_thread
+from anyio import ClosedResourceError, create_task_group, to_thread
 from layers_on_redis import new_prefix
 from redis_server import RedisServer
 
@@ -50,7 +52,9 @@ def inside(request: pytest.FixtureRequest) -> BaseChannelLayer:
     if request.param is InMemoryChannelLayer:
         return InMemoryChannelLayer(capacity=1000, channel_capacity={"small": 5})
     server: RedisServer = request.getfixturevalue("redis_server")
-    layer: BaseChannelLayer = request.param(hosts=[server.url], prefix=new_prefix(), capacity=1000, channel_capacity={"small": 5})
+    layer: BaseChannelLayer = request.param(
+        hosts=[server.url], prefix=new_prefix(), capacity=1000, channel_capacity={"small": 5}
+    )
     return layer
 
 
@@ -62,6 +66,10 @@ def sync(inside: BaseChannelLayer, backend: tuple[str, dict[str, Any]]) -> SyncC
 def keeps_messages(layer: SyncChannelLayer) -> bool:
     """Whether a message that nobody reads yet waits for its reader."""
     return not isinstance(layer.layer, RedisPubSubChannelLayer)
+
+
+class TimeIsUp(BaseException):
+    """What a signal handler raises, as Ctrl-C does, in the middle of anything."""
 
 
 class Caller(threading.Thread):
@@ -271,20 +279,29 @@ def test_shared_with_an_event_loop(backend: tuple[str, dict[str, Any]]) -> None:
 def test_an_interrupted_wait_takes_nothing(backend: tuple[str, dict[str, Any]]) -> None:
     """An exception out of a signal handler (Ctrl-C, a time limit) cancels the call; the next reader gets the message."""
 
-    def on_alarm(*_: object) -> None:
-        raise InterruptedError("time is up")
+    raised = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise TimeIsUp
 
     def interrupt() -> None:
         wait_for_readers(layer, 1)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        raised.clear()
+        while not raised.wait(
+            0.02
+        ):  # a signal that comes just before Python waits for a lock is seen after that wait only
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    raised.set()
     main = threading.get_ident()
-    before = signal.signal(signal.SIGUSR1, on_alarm)
+    before = signal.signal(signal.SIGUSR1, on_signal)
     try:
         with SyncChannelLayer(InMemoryChannelLayer(), backend[0], backend_options=backend[1]) as layer:
             for _ in range(20):
                 helper = Caller(interrupt)
-                with pytest.raises(InterruptedError, match="time is up"):
+                with pytest.raises(TimeIsUp):
                     layer.receive("a")
                 helper.result()
                 layer.send("a", {"n": 1})
@@ -349,6 +366,21 @@ layer.send("a", {})
     assert (done.returncode, done.stdout, done.stderr) == (0, b"closed\n", b"")
 
 
+def test_in_a_fork() -> None:
+    """Every call says so, and leaving is silent. (Real forks are in test_sync_deployed.py; this one can be measured.)"""
+    layer = SyncChannelLayer(InMemoryChannelLayer()).open()
+    inbox = layer.subscribe("room").__enter__()
+    layer._portal._pid += 1
+    for call in (lambda: layer.send("a", {}), layer.open, inbox.receive):
+        with pytest.raises(RuntimeError, match=r"was opened in process \d+, and this is a fork of it, process \d+"):
+            call()
+    inbox.__exit__(None, None, None)
+    layer.close()
+    layer._portal._pid -= 1
+    assert layer.group_channels("room") == {inbox.channel}
+    layer.close()
+
+
 class Troubled:
     """What lives in a portal, and has its own troubles."""
 
@@ -377,21 +409,118 @@ def test_troubles_of_what_lives_there(backend: tuple[str, dict[str, Any]]) -> No
 
 def test_a_loop_that_ends_before_its_time(backend: tuple[str, dict[str, Any]]) -> None:
     """Who waits for a call is told that the portal is closed, and closing says why."""
+    may_fail: list[anyio.Event] = []
 
-    async def end() -> None:
+    @asynccontextmanager
+    async def resident() -> AsyncGenerator[None]:
+        async def fail() -> None:
+            await may_fail[0].wait()
+            raise KeyError("of its own")
+
+        async with create_task_group() as tasks:
+            may_fail.append(anyio.Event())
+            tasks.start_soon(fail)
+            yield
+
+    portal = Portal("it", resident, *backend)
+    portal.open()
+    waiting = portal.start("waiting", anyio.sleep_forever)
+    asking = Caller(lambda: [portal.call("asking", anyio.sleep, 0) for _ in iter(int, 1)])
+    portal.call_soon(may_fail[0].set)
+    with pytest.raises(ClosedResourceError, match="it (is|was) closed"):
+        asking.result()
+    with pytest.raises(CancelledError):
+        waiting.result(PATIENCE)
+    with pytest.raises(ExceptionGroup) as caught:
+        portal.close()
+    assert caught.group_contains(KeyError, match="of its own")
+    portal.call_soon(print)  # to nobody
+    portal.close()
+
+
+def test_exit_is_for_the_thread_that_called(backend: tuple[str, dict[str, Any]]) -> None:
+    """SystemExit does not end the loop, which is for others too."""
+
+    async def leave() -> None:
         raise SystemExit(5)
 
     portal = Portal("it", lambda: Troubled(at=""), *backend)
     portal.open()
-    waiting = portal.start("waiting", anyio.sleep_forever)
     with pytest.raises(SystemExit):
-        portal.call("ending", end)
-    with pytest.raises(ClosedResourceError, match="it is closed"):
-        Caller(lambda: [portal.call("asking", anyio.sleep, 0) for _ in iter(int, 1)]).result()
-    assert waiting.cancelled()
-    portal.call_soon(print)  # to nobody
-    with pytest.raises((SystemExit, BaseExceptionGroup)):
+        portal.call("leaving", leave)
+    portal.call("asking", anyio.sleep, 0)
+    portal.close()
+
+
+def test_a_cancelled_call_that_fails(backend: tuple[str, dict[str, Any]]) -> None:
+    """An error while it cleans up has nobody to go to; an exit ends the loop, and closing raises it."""
+    begun = threading.Event()
+
+    async def clean_up(error: BaseException) -> None:
+        try:
+            begun.set()
+            await anyio.sleep_forever()
+        finally:
+            raise error
+
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+    for error in (KeyError("x"), SystemExit(5)):
+        begun.clear()
+        future = portal.start("cleaning up", clean_up, error)
+        assert begun.wait(PATIENCE)
+        portal.cancel(future)
+    with pytest.raises(BaseException) as caught:
         portal.close()
+    assert isinstance(caught.value, SystemExit) or caught.group_contains(SystemExit)
+
+
+def test_a_cancelled_call_that_returns(backend: tuple[str, dict[str, Any]]) -> None:
+    """What is shielded goes on; nobody waits for what it returns."""
+    begun = threading.Event()
+    ended = threading.Event()
+    may_end: list[anyio.Event] = []
+
+    async def insist() -> None:
+        with anyio.CancelScope(shield=True):
+            may_end.append(anyio.Event())
+            begun.set()
+            await may_end[0].wait()
+        ended.set()
+
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+    future = portal.start("insisting", insist)
+    assert begun.wait(PATIENCE)
+    portal.cancel(future)
+    portal.call_soon(may_end[0].set)
+    assert ended.wait(PATIENCE)
+    portal.close()
+
+
+def test_a_call_that_crosses_closing(backend: tuple[str, dict[str, Any]]) -> None:
+    """What was handed over too late to begin is cancelled: nobody waits for ever."""
+    is_held = threading.Event()
+    may_stop = threading.Event()
+    may_go_on = threading.Event()
+
+    def hold(until: threading.Event) -> None:
+        is_held.set()
+        assert until.wait(PATIENCE)
+
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+    portal.call_soon(hold, may_stop)
+    assert is_held.wait(PATIENCE)
+    portal._stop()
+    is_held.clear()
+    portal.call_soon(hold, may_go_on)
+    may_stop.set()
+    assert is_held.wait(PATIENCE)
+    future = portal.start("coming late", anyio.sleep_forever)
+    may_go_on.set()
+    with pytest.raises(CancelledError):
+        future.result(PATIENCE)
     portal.close()
 
 
@@ -408,15 +537,16 @@ def test_opening_is_interrupted() -> None:
             left.set()
 
     def on_alarm(*_: object) -> None:
-        raise InterruptedError("time is up")
+        raise TimeIsUp
 
     portal = Portal("it", lambda: Slow(at=""), "asyncio", None)
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(InterruptedError):
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(TimeIsUp):
             portal.open()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     with pytest.raises(RuntimeError, match="it is already open"):
         portal.open()

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections import deque
 from collections.abc import Callable, Coroutine, MutableMapping
-from concurrent.futures import CancelledError
-from typing import IO, Any, Final, TypeVar
+from typing import IO, Any, Final
 
 from anyio import Event, from_thread, to_thread
 
 from .translate import Receive
 
-__all__ = ["Body", "wait_in_thread"]
-
-T = TypeVar("T")
+__all__ = ["Body", "first_of"]
 
 _READ_SIZE: Final = 64 * 1024
+_JOINED_SIZE: Final = 128 * 1024
 
 
-def wait_in_thread(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Wait in the thread for the event loop; if the request is cancelled, raise what no ``except Exception`` takes."""
-    try:
-        return from_thread.run(function)
-    except CancelledError:
-        from_thread.check_cancelled()
-        raise
+def first_of(chunks: list[bytes]) -> tuple[bytes, list[bytes]]:
+    """Return some of the chunks as one, at least the first, and the others: not all, for joining takes their size again."""
+    size = count = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if count and size > _JOINED_SIZE:
+            break
+        count += 1
+    return chunks[0] if count == 1 else b"".join(chunks[:count]), chunks[count:]
 
 
 class Body:
@@ -37,9 +36,10 @@ class Body:
         self._receive = receive
         self._buffer_size = buffer_size
         self._spool = spool
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._buffered = 0
         self._complete = False
+        self._ended = False
         self._more = Event()
         self._room = Event()
         self._file: IO[bytes] | None = None
@@ -68,7 +68,7 @@ class Body:
         """Move what is buffered to a temporary file."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        chunks, self._chunks, self._buffered = self._chunks, deque(), 0
+        chunks, self._chunks, self._buffered = self._chunks, [], 0
         await to_thread.run_sync(self._file.writelines, chunks)
 
     def _take(self, message: MutableMapping[str, Any]) -> None:
@@ -78,28 +78,30 @@ class Body:
             self._buffered += len(chunk)
         self._complete = not message.get("more_body", False)
 
-    async def go_on(self, gone: Callable[[], object]) -> None:
-        """Take in the rest, as far as there is room; then wait until the client goes away, and say so."""
+    async def go_on(self) -> None:
+        """Take in the rest, as far as there is room; then wait, and return when the client goes away."""
         while True:
             if self._buffered > self._buffer_size:
                 self._room = Event()
                 await self._room.wait()
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                gone()
                 return
-            if not self._complete:
-                self._take(message)
-                self._more.set()
+            self._take(message)
+            self._more.set()
+
+    def end(self) -> None:
+        """No more will come. Whoever waits for it does no longer."""
+        self._ended = True
+        self._more.set()
 
     async def get(self) -> bytes:
         """Return what has come, at least one byte; nothing at the end."""
-        while not self._chunks and not self._complete:
+        while not (self._chunks or self._complete or self._ended):
             self._more = Event()
             await self._more.wait()
-        data = b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
+        data, self._chunks = first_of(self._chunks)
+        self._buffered -= len(data)
         self._room.set()
         return data
 
@@ -130,7 +132,8 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self._data:
-            self._data = memoryview(wait_in_thread(self._get))
+            self._data = memoryview(from_thread.run(self._get))
+            from_thread.check_cancelled()  # on asyncio, a wait that began after the request was cancelled is not
         size = min(len(buffer), len(self._data))
         buffer[:size] = self._data[:size]
         self._data = self._data[size:]

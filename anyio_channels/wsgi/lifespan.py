@@ -73,8 +73,8 @@ class _Conversation:
             if not self._answered[question].is_set():
                 await asked.wait()
                 return {"type": f"lifespan.{question}"}
-        await sleep_forever()
-        raise RuntimeError  # pragma: no cover - never reached
+        while True:
+            await sleep_forever()
 
     async def _send(self, message: Message) -> None:
         _, question, outcome = message["type"].split(".")

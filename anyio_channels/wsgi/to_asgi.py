@@ -21,7 +21,7 @@ from anyio.lowlevel import EventLoopToken, RunVar, current_token
 
 from anyio_channels.layers.base import require_count
 
-from .body import Body, wait_in_thread
+from .body import Body, first_of
 from .translate import (
     ExcInfo,
     Receive,
@@ -49,7 +49,7 @@ class WsgiToAsgi:
     """
 
     def __init__(
-        self, app: WsgiApplication, *, threads: int = 40, buffer_size: int = 1024 * 1024, spool: bool = False
+        self, app: WsgiApplication, *, threads: int = 40, buffer_size: int = 256 * 1024, spool: bool = False
     ) -> None:
         """Keep ``app``.
 
@@ -99,7 +99,7 @@ class WsgiToAsgi:
             async with create_task_group() as tasks:
                 exchange.start_soon = tasks.start_soon
                 exchange.cancel = tasks.cancel_scope.cancel
-                tasks.start_soon(body.go_on, tasks.cancel_scope.cancel)
+                tasks.start_soon(exchange.watch)
                 try:
                     await to_thread.run_sync(exchange.run, limiter=self._get_limiter())
                 except Exception as caught:  # noqa: BLE001 - raised below, for a task group would wrap it
@@ -107,7 +107,6 @@ class WsgiToAsgi:
                 await exchange.finish()
                 tasks.cancel_scope.cancel()
         finally:
-            exchange.abandon()
             body.close()
         error = exchange.error or error
         if error is not None:
@@ -145,17 +144,19 @@ class _Exchange:
         self._buffer_size = buffer_size
         self._is_head = scope["method"] == "HEAD"
         self._token: EventLoopToken = current_token()
-        self._lock = threading.Lock()  # of the four that follow
+        self._lock = threading.Lock()  # of the three that follow
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._sending = False  # somebody in the loop sends what is buffered, or is about to
-        self._abandoned = False
         self._head: dict[str, Any] | None = None
         self._head_handed_on = False
         self._head_sent = False
         self._returned = False
+        self._is_over = False
+        self._is_ending = False
         self._is_complete = False
-        self._idle: Event | None = None
+        self._bell = Event()
+        self._sender_ended: Event | None = None
         self._room = Event()
         self.error: Exception | None = None
         """What sending raised."""
@@ -226,8 +227,6 @@ class _Exchange:
         if self._is_head:
             chunk = b""
         with self._lock:
-            if self._abandoned:
-                raise BrokenPipeError("nobody waits for this response any more")
             self._chunks.append(chunk)
             self._buffered += len(chunk)
             must_wake = not self._sending
@@ -236,41 +235,66 @@ class _Exchange:
         if must_wake:
             self._token.backend_class.run_sync_soon(self._wake, (), self._token.native_token)
         if must_wait:
-            wait_in_thread(self._wait_for_room)
+            from_thread.run(self._wait_for_room)
+            from_thread.check_cancelled()  # on asyncio, a wait that began after the request was cancelled is not
 
     # In the event loop
 
-    def _wake(self) -> None:
-        if not self._returned and not self._abandoned:  # otherwise all is sent at once
-            self._idle = Event()
-            self.start_soon(self._send_on, self._idle)
+    async def watch(self) -> None:
+        """Take in what comes of the body; cancel the request when the client goes away.
 
-    async def _send_on(self, idle: Event) -> None:
-        """Send what is handed on, until there is nothing."""
+        However the request is cancelled, this is: so it is here that a thread that waits is let go.
+        """
         try:
-            while await self._send_buffered(more=True):
-                pass
+            await self._body.go_on()
+            if (
+                not self._is_ending
+            ):  # otherwise the server is busy with what it got, and may say so before it is through
+                self.cancel()
+        finally:
+            self._is_over = True
+            self._room.set()
+            self._body.end()
+
+    def _wake(self) -> None:
+        if self._returned or self._is_over:
+            return  # all is sent at once, or nothing any more
+        if self._sender_ended is None:
+            self._sender_ended = Event()
+            self.start_soon(self._send_on, self._sender_ended)
+        self._bell.set()
+
+    async def _send_on(self, ended: Event) -> None:
+        """Send what is handed on, until the application has returned."""
+        try:
+            while not self._returned:
+                await self._send_buffered(more=True)
+                await self._bell.wait()
+                self._bell = Event()
         except Exception as error:  # noqa: BLE001 - raised by whoever serves the request
             self._fail(error)
         finally:
-            idle.set()
+            ended.set()
 
-    async def _send_buffered(self, *, more: bool) -> bool:
-        """Send what is buffered as one chunk, the head before the first; return whether there was anything."""
-        with self._lock:
-            chunks, self._chunks = self._chunks, []
-            if more and not chunks:
-                self._sending = False
-                return False
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    async def _send_buffered(self, *, more: bool) -> None:
+        """Send what is buffered, the head before the first of it; with ``more=False``, that is the end."""
         if not self._head_sent and self._head is not None:
             self._head_sent = True
             await self._send(self._head)
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        with self._lock:
-            self._buffered -= len(body)
-        self._room.set()
-        return True
+        while True:
+            with self._lock:
+                body, rest = first_of(self._chunks)
+                self._chunks = rest
+                if more and not body:
+                    self._sending = False
+                    return
+            is_last = not (more or rest)
+            await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+            if is_last:
+                return
+            with self._lock:
+                self._buffered -= len(body)
+            self._room.set()
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, OSError):  # that is how a server says that the client is gone
@@ -278,24 +302,20 @@ class _Exchange:
         self.cancel()
 
     async def _wait_for_room(self) -> None:
-        while self._buffered > self._buffer_size and not self._abandoned:
+        while self._buffered > self._buffer_size and not self._is_over:
             self._room = Event()
             await self._room.wait()
 
     async def finish(self) -> None:
         """Send what is left, after ``run`` ended, well or not: what was handed on before an error goes out all the same."""
-        if self._idle is not None:
-            await self._idle.wait()
+        if self._sender_ended is not None:
+            self._bell.set()
+            await self._sender_ended.wait()
         try:
             if self._is_complete:
+                self._is_ending = True
                 await self._send_buffered(more=False)
             elif self._chunks:
                 await self._send_buffered(more=True)
         except Exception as error:  # noqa: BLE001 - raised by whoever serves the request
             self._fail(error)
-
-    def abandon(self) -> None:
-        """The request is over. A thread that is still there, because its task was cancelled without asking, is let go."""
-        with self._lock:
-            self._abandoned = True
-        self._room.set()

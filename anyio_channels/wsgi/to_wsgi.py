@@ -154,6 +154,7 @@ class _Exchange:
         self._buffer_size = buffer_size
         self._input = environ["wsgi.input"]
         self._left: int | None = _length_of(environ)  # None: until it ends
+        self._is_head = environ["REQUEST_METHOD"] == "HEAD"
         self._inbox: SimpleQueue[Any] = SimpleQueue()  # what the thread is to do
         self._future: Future[None] | None = None
         self._error: Exception | None = None
@@ -197,7 +198,10 @@ class _Exchange:
                 raise RuntimeError(f"{self._app!r:.200} returned before its response was complete")
             self._is_complete = not message.get("more_body", False)
             body: bytes = message.get("body", b"")
-            if body:
+            if self._is_head:
+                if body:
+                    break  # WSGI servers differ in whether they leave it out; what it has been up to here is the header
+            elif body:
                 self._taken = len(body)
                 return body
         raise StopIteration
@@ -205,7 +209,7 @@ class _Exchange:
     def close(self) -> None:
         """Cancel the application, unless its response is complete, and wait for its end."""
         if self._future is not None and not self._is_complete:
-            self._future.cancel()
+            self._portal.cancel(self._future)
             while not self._has_ended:
                 self._has_ended = self._inbox.get() is _END
 
@@ -297,11 +301,12 @@ class _Exchange:
             self._is_sent = self._is_over = True
             self._bell.set()
         self._inbox.put(message)
-        while not self._is_sent and self._ahead > self._buffer_size:
+        while not self._is_sent:
             with self._lock:
-                room = self._room = Event() if self._ahead > self._buffer_size else None
-            if room is not None:
-                await room.wait()
+                if self._ahead <= self._buffer_size:
+                    break
+                room = self._room = Event()
+            await room.wait()
         await checkpoint()
 
 
