@@ -147,13 +147,21 @@ class Portal:
         atexit.unregister(self.close)
         self._raise_error()
 
-    def start(self, call: str, function: Callable[..., Awaitable[T]], *args: object) -> Future[T]:
+    def start(
+        self,
+        call: str,
+        function: Callable[..., Awaitable[T]],
+        *args: object,
+        done: Callable[[Future[T]], object] | None = None,
+    ) -> Future[T]:
         """Have ``function`` called in the loop. ``cancel`` cancels the call, and the future; so does closing.
 
         ``call``: what errors call it. Raises ``RuntimeError`` if an event loop runs in this thread, in a fork, and when not
-        open; ``anyio.ClosedResourceError`` when closed.
+        open; ``anyio.ClosedResourceError`` when closed. ``done`` is called with the future at the end, in the loop's thread.
         """
         future = self._new_future()
+        if done is not None:
+            future.add_done_callback(done)
         self._hand_over(call, future, function, args)
         return future
 
@@ -250,10 +258,12 @@ class Portal:
                 self.call_soon(self._bell.set)
 
     def _spawn(self, future: Future[Any], function: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
-        if self._state == _OPEN and not future.cancelled():
+        if self._state == _OPEN:
             self._calls.start_soon(self._answer, future, function, args)
 
     async def _answer(self, future: Future[T], function: Callable[..., Awaitable[T]], args: tuple[object, ...]) -> None:
+        if future.cancelled():
+            return
         with CancelScope() as scope:
 
             def settled(_: Future[T]) -> None:

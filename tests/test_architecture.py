@@ -63,6 +63,13 @@ ALLOWED = {
     },
     "layers.redis.twice": set(),
     "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
+    "portal": {"anyio"},
+    "sync": {"anyio", "exceptions", "layers.base", "layers.inbox", "portal"},
+    "wsgi.translate": set(),
+    "wsgi.body": {"anyio", "wsgi.translate"},
+    "wsgi.lifespan": {"anyio", "wsgi.translate"},
+    "wsgi.to_asgi": {"anyio", "layers.base", "wsgi.body", "wsgi.translate"},
+    "wsgi.to_wsgi": {"anyio", "layers.base", "portal", "wsgi.lifespan", "wsgi.translate"},
     "testing.checks": {"anyio", "exceptions", "layers.base"},
     "testing.machine": {"anyio", "exceptions", "hypothesis", "layers.base", "layers.inbox", "testing.checks"},
 }  # fmt: skip

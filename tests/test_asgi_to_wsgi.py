@@ -572,7 +572,8 @@ def lifespan_app(events: list[str], *, fails_at: str = "", raises_at: str = "") 
                 raise KeyError(step)
             outcome = "failed" if fails_at == step else "complete"
             await send({"type": f"lifespan.{step}.{outcome}", "message": "the reason"})
-        return await receive()  # for ever
+        await receive()  # for ever
+        return None
 
     return app
 
@@ -670,6 +671,41 @@ def test_closing_cancels_the_requests(serve: Serve) -> None:
     assert begun.wait(PATIENCE)
     app.close()
     thread.join(PATIENCE)
+    assert re.search(r"AsgiToWsgi\(.*\) was closed", str(errors[0]))
+
+
+def test_a_request_that_crosses_closing(serve: Serve) -> None:
+    """It is told as well: no thread of the server waits for ever."""
+    is_held = threading.Event()
+    errors: list[BaseException] = []
+
+    def hold(until: threading.Event) -> None:
+        is_held.set()
+        assert until.wait(PATIENCE)
+
+    def client() -> None:
+        try:
+            ask(app, b"x")
+        except ClosedResourceError as error:
+            errors.append(error)
+
+    app = serve(echo).open()
+    portal = app._host().portal
+    may_stop, may_go_on = threading.Event(), threading.Event()
+    portal.call_soon(hold, may_stop)
+    assert is_held.wait(PATIENCE)
+    portal._stop()
+    is_held.clear()
+    portal.call_soon(hold, may_go_on)
+    may_stop.set()
+    assert is_held.wait(PATIENCE)
+    thread = threading.Thread(target=client)
+    thread.start()
+    while not portal._pending:
+        pass
+    may_go_on.set()
+    thread.join(PATIENCE)
+    app.close()
     assert re.search(r"AsgiToWsgi\(.*\) was closed", str(errors[0]))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Coroutine, MutableMapping
+import threading
+from collections.abc import Callable, MutableMapping
 from typing import IO, Any, Final
 
 from anyio import Event, from_thread, to_thread
+from anyio.lowlevel import EventLoopToken, current_token
 
 from .translate import Receive
 
@@ -36,8 +38,11 @@ class Body:
         self._receive = receive
         self._buffer_size = buffer_size
         self._spool = spool
+        self._token: EventLoopToken = current_token()
+        self._lock = threading.Lock()  # of these three
         self._chunks: list[bytes] = []
         self._buffered = 0
+        self._is_full = False  # nothing is taken in until the thread has read
         self._complete = False
         self._ended = False
         self._more = Event()
@@ -51,7 +56,6 @@ class Body:
         while not self._complete and (self._buffered <= self._buffer_size or self._spool):
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.close()
                 return False
             self._take(message)
             if self._spool and self._buffered > self._buffer_size:
@@ -73,17 +77,19 @@ class Body:
 
     def _take(self, message: MutableMapping[str, Any]) -> None:
         chunk: bytes = message.get("body", b"")
-        if chunk:
-            self._chunks.append(chunk)
-            self._buffered += len(chunk)
+        with self._lock:
+            if chunk:
+                self._chunks.append(chunk)
+                self._buffered += len(chunk)
+            self._is_full = self._buffered > self._buffer_size
         self._complete = not message.get("more_body", False)
 
     async def go_on(self) -> None:
         """Take in the rest, as far as there is room; then wait, and return when the client goes away."""
         while True:
-            if self._buffered > self._buffer_size:
-                self._room = Event()
+            while self._is_full:
                 await self._room.wait()
+                self._room = Event()
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 return
@@ -95,15 +101,22 @@ class Body:
         self._ended = True
         self._more.set()
 
-    async def get(self) -> bytes:
-        """Return what has come, at least one byte; nothing at the end."""
+    async def _wait_for_more(self) -> None:
         while not (self._chunks or self._complete or self._ended):
             self._more = Event()
             await self._more.wait()
-        data, self._chunks = first_of(self._chunks)
-        self._buffered -= len(data)
-        self._room.set()
-        return data
+
+    def take(self) -> list[bytes]:
+        """Return what has come, at least one chunk, and none at the end. In the thread, which waits only if there is nothing."""
+        if not self._chunks:
+            from_thread.run(self._wait_for_more)
+        from_thread.check_cancelled()  # on asyncio, a wait that began after the request was cancelled is not
+        with self._lock:
+            chunks, self._chunks, self._buffered = self._chunks, [], 0
+            was_full, self._is_full = self._is_full, False
+        if was_full:
+            self._token.backend_class.run_sync_soon(self._room.set, (), self._token.native_token)
+        return chunks
 
     def open(self) -> IO[bytes]:
         """Return what the application reads."""
@@ -111,7 +124,7 @@ class Body:
             return self._file
         if self._complete:
             return io.BytesIO(b"".join(self._chunks))
-        return io.BufferedReader(_Stream(self.get), _READ_SIZE)
+        return io.BufferedReader(_Stream(self.take), _READ_SIZE)
 
     def close(self) -> None:
         """Remove the temporary file."""
@@ -122,9 +135,10 @@ class Body:
 class _Stream(io.RawIOBase):
     """What has come of a body, read in the thread."""
 
-    def __init__(self, get: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
+    def __init__(self, take: Callable[[], list[bytes]]) -> None:
         super().__init__()
-        self._get = get
+        self._take = take
+        self._chunks: list[bytes] = []  # the last one first
         self._data = memoryview(b"")
 
     def readable(self) -> bool:
@@ -132,8 +146,9 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self._data:
-            self._data = memoryview(from_thread.run(self._get))
-            from_thread.check_cancelled()  # on asyncio, a wait that began after the request was cancelled is not
+            if not self._chunks:
+                self._chunks = self._take()[::-1]
+            self._data = memoryview(self._chunks.pop() if self._chunks else b"")
         size = min(len(buffer), len(self._data))
         buffer[:size] = self._data[:size]
         self._data = self._data[size:]

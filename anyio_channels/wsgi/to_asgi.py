@@ -91,23 +91,25 @@ class WsgiToAsgi:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = Body(receive, self._buffer_size, spool=self._spool)
-        if not await body.begin():
-            return  # the client is gone
-        exchange = _Exchange(self.app, scope, body, send, self._buffer_size)
-        error: Exception | None = None
         try:
-            async with create_task_group() as tasks:
-                exchange.start_soon = tasks.start_soon
-                exchange.cancel = tasks.cancel_scope.cancel
-                tasks.start_soon(exchange.watch)
-                try:
-                    await to_thread.run_sync(exchange.run, limiter=self._get_limiter())
-                except Exception as caught:  # noqa: BLE001 - raised below, for a task group would wrap it
-                    error = caught
-                await exchange.finish()
-                tasks.cancel_scope.cancel()
+            if await body.begin():
+                await self._exchange(scope, body, send)
         finally:
             body.close()
+
+    async def _exchange(self, scope: Scope, body: Body, send: Send) -> None:
+        exchange = _Exchange(self.app, scope, body, send, self._buffer_size)
+        error: Exception | None = None
+        async with create_task_group() as tasks:
+            exchange.start_soon = tasks.start_soon
+            exchange.cancel = tasks.cancel_scope.cancel
+            tasks.start_soon(exchange.watch)
+            try:
+                await to_thread.run_sync(exchange.run, limiter=self._get_limiter())
+            except Exception as caught:  # noqa: BLE001 - raised below, for a task group would wrap it
+                error = caught
+            await exchange.finish()
+            tasks.cancel_scope.cancel()
         error = exchange.error or error
         if error is not None:
             raise error
@@ -243,13 +245,12 @@ class _Exchange:
     async def watch(self) -> None:
         """Take in what comes of the body; cancel the request when the client goes away.
 
-        However the request is cancelled, this is: so it is here that a thread that waits is let go.
+        Not once the end is being sent: a server may say that the client is gone while it is busy with that. However the
+        request is cancelled, this is: so it is here that a thread that waits is let go.
         """
         try:
             await self._body.go_on()
-            if (
-                not self._is_ending
-            ):  # otherwise the server is busy with what it got, and may say so before it is through
+            if not self._is_ending:
                 self.cancel()
         finally:
             self._is_over = True

@@ -34,7 +34,10 @@ __all__ = ["AsgiToWsgi"]
 
 _logger: Final = logging.getLogger("anyio_channels")
 
-_READ_SIZE: Final = 64 * 1024
+_AT_ONCE: Final = 64 * 1024
+"""A body of this size is read before the application is called."""
+_PIECE: Final = 256 * 1024
+"""A larger one is read in pieces of this size: each is a turn of the thread and the loop."""
 _READ: Final = object()
 _END: Final = object()
 _PLAIN: Final = [("Content-Type", "text/plain; charset=utf-8")]
@@ -163,6 +166,7 @@ class _Exchange:
         self._is_complete = False  # the response
         self._taken = 0  # bytes of the chunk that the server has
         # Of the loop.
+        self._is_begun = False
         self._bell = Event()
         self._piece: tuple[bytes, bool] | None = None
         self._is_asked = False  # the thread, for a piece
@@ -178,9 +182,10 @@ class _Exchange:
 
     def start(self) -> Message:
         """Have the application called, and return the start of its response."""
-        if self._left is not None and self._left <= _READ_SIZE:
+        if self._left is not None and self._left <= _AT_ONCE:
             self._take(*self._read())
-        self._future = self._portal.start(f"{self._app!r:.200} through WSGI", self._run)
+        call = f"{self._app!r:.200} through WSGI"
+        self._future = self._portal.start(call, self._run, done=self._see_that_it_ends)
         message = self._next_message()
         if message is None:
             raise RuntimeError(f"{self._app!r:.200} returned without a response")
@@ -230,7 +235,7 @@ class _Exchange:
 
     def _read(self) -> tuple[bytes | None, bool]:
         """Return the next piece of the body, and whether there is more; no piece if the client is gone."""
-        size = _READ_SIZE if self._left is None else min(self._left, _READ_SIZE)
+        size = _PIECE if self._left is None else min(self._left, _PIECE)
         try:
             data: bytes = self._input.read(size) if size else b""
         except OSError:
@@ -250,7 +255,13 @@ class _Exchange:
 
     # In the event loop
 
+    def _see_that_it_ends(self, future: Future[None]) -> None:
+        if future.cancelled() and not self._is_begun:  # the event loop was closed first
+            self._error = ClosedResourceError(f"{self._portal.name} was closed")
+            self._inbox.put(_END)
+
     async def _run(self) -> None:
+        self._is_begun = True
         try:
             await self._app(self._scope, self._receive, self._send)
         except get_cancelled_exc_class():
