@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, assert_type
 
+from flask import Flask
+from starlette.applications import Starlette
+
 from anyio_channels import (
     BaseChannelLayer,
     ChannelLayerStatistics,
@@ -17,7 +20,9 @@ from anyio_channels import (
     create_redis_channel_layer,
     get_channel_layer,
 )
+from anyio_channels.sync import SyncChannelLayer, SyncInbox
 from anyio_channels.testing import Clock, Features, contract_machine, run_checks
+from anyio_channels.wsgi import AsgiToWsgi, WsgiToAsgi
 
 
 async def use(layer: InMemoryChannelLayer) -> None:
@@ -57,3 +62,22 @@ async def check() -> None:
     assert_type(get_channel_layer(), BaseChannelLayer | None)
     assert_type(create_channel_layer("memory://"), BaseChannelLayer)
     assert_type(MessagesLost(5).missed, int | None)
+
+
+def use_synchronously(layer: InMemoryChannelLayer) -> None:
+    with SyncChannelLayer(layer, "trio") as sync:
+        assert_type(sync, SyncChannelLayer)
+        assert_type(sync.receive("a", timeout=5), dict[str, Any])
+        assert_type(sync.group_channels("a"), set[str])
+        assert_type(sync.statistics(), ChannelLayerStatistics)
+        with sync.subscribe("a", overflow="drop_old") as inbox:
+            assert_type(inbox, SyncInbox)
+            for message in inbox:
+                assert_type(message, dict[str, Any])
+
+
+def adapt() -> None:
+    asgi = WsgiToAsgi(Flask("app"), threads=4, spool=True)
+    with AsgiToWsgi(Starlette(), backend_options={"use_uvloop": True}) as wsgi:
+        AsgiToWsgi(asgi)
+        WsgiToAsgi(wsgi)
