@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
-from anyio import ClosedResourceError, move_on_after
+from anyio import CancelScope, ClosedResourceError, Event, move_on_after
 
 from .exceptions import ChannelFull, MessageTooLarge
 from .layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
@@ -36,14 +36,14 @@ class SyncChannelLayer:
             layer.group_send("room", {"type": "chat.message", "text": "hello"})
 
     Where no block fits (a WSGI application), ``open()`` and ``close()`` do what entering and leaving it does; what is left open
-    is closed when the interpreter exits (children of ``multiprocessing`` end without that). Make it anywhere, and open it in
-    each process that uses it, after it was forked: in a fork of the process that opened it every call is a
-    ``RuntimeError`` that says so.
+    is closed when the interpreter exits, behind all threads that are no daemons (children of ``multiprocessing`` end without
+    that). Make it anywhere, and open it in each process that uses it, after it was forked: in a fork of the process that
+    opened it every call is a ``RuntimeError`` that says so.
 
-    Every call raises what its asynchronous twin raises, and also: ``RuntimeError`` when an event loop runs in the calling
-    thread, which the call would block, and when the layer was not opened; ``anyio.ClosedResourceError`` when it was closed, or
-    is while the call waits. An exception that interrupts a call that waits, as Ctrl-C does or a soft time limit of Celery,
-    cancels the call: a message is then not sent, or not taken, unless it was so already.
+    Every call raises what its asynchronous twin raises, and also: ``RuntimeError`` when an event loop runs a task in the
+    calling thread, which the call would block, and when the layer was not opened; ``anyio.ClosedResourceError`` when it was
+    closed, or is while the call waits. An exception that interrupts a call that waits, as Ctrl-C does or a soft time limit of
+    Celery, cancels the call: a message is then not sent, or not taken, unless it was so already.
     """
 
     MAX_NAME_LENGTH: ClassVar[int] = BaseChannelLayer.MAX_NAME_LENGTH
@@ -224,6 +224,9 @@ class SyncInbox:
         """Called by ``subscribe()``."""
         self._portal = portal
         self._inbox = inbox
+        # Of the loop.
+        self._entering: Event | None = None
+        self._is_in = False
 
     def __repr__(self) -> str:
         """Say which channel of which layer."""
@@ -236,16 +239,41 @@ class SyncInbox:
 
     def __enter__(self) -> Self:
         """Make the channel and join the groups. If interrupted, neither is left behind."""
-        self._call("subscribe()", self._inbox.__aenter__)
+        try:
+            self._call("subscribe()", self._enter)
+        except BaseException:
+            self._portal.see_to(self._leave)  # the interrupt may have come when it was in already
+            raise
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the groups and free the channel; in a fork of the process that entered, nothing."""
-        if not self._portal.is_foreign:
+        if self._portal.is_foreign:
+            return
+        try:
             with suppress(ClosedResourceError):  # the layer was closed meanwhile, and has forgotten the channel
-                self._call("the end of subscribe()", self._inbox.__aexit__, exc_type, exc, traceback)
+                self._portal.call("SyncChannelLayer.subscribe() at its end", self._leave, cancels=False)
+        except BaseException:
+            self._portal.see_to(self._leave)  # the interrupt may have come before it was told to
+            raise
+
+    async def _enter(self) -> None:
+        self._entering = Event()
+        try:
+            await self._inbox.__aenter__()
+            self._is_in = True
+        finally:
+            self._entering.set()
+
+    async def _leave(self) -> None:
+        if self._entering is not None:
+            with CancelScope(shield=True):
+                await self._entering.wait()
+                if self._is_in:
+                    self._is_in = False
+                    await self._inbox.__aexit__(None, None, None)
 
     def receive(self, timeout: float | None = None) -> Message:
         """Wait for the next message and return it, as ``Inbox.receive``.

@@ -23,6 +23,7 @@ from anyio import (
     get_cancelled_exc_class,
     run,
     sleep_forever,
+    to_thread,
     wait_all_tasks_blocked,
 )
 from anyio.lowlevel import current_token
@@ -532,6 +533,133 @@ def test_a_cancelled_receive_loses_nothing(serve: Serve) -> None:
     assert answer.body == body
 
 
+def test_several_tasks_send(serve: Serve) -> None:
+    """Each waits for room, and none is forgotten."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        async def send_some(chunk: bytes) -> None:
+            for _ in range(5):
+                await send_body(send, chunk, more=True)
+
+        await start(send)
+        async with create_task_group() as tasks:
+            for chunk in (b"a" * 1000, b"b" * 1000, b"c" * 1000):
+                tasks.start_soon(send_some, chunk)
+        await send_body(send, b"")
+
+    with serve(app_of(handle), buffer_size=100) as wsgi:
+        assert sorted(ask(wsgi).body) == sorted(b"abc" * 5000)
+
+
+def test_closed_by_another_thread(serve: Serve) -> None:
+    """Whoever waits for the next chunk is told, and whoever closes returns."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send)
+        await send_body(send, b"x", more=True)
+        await sleep_forever()
+
+    with serve(app_of(handle)) as wsgi:
+        chunks: Any = wsgi(environ_of(), Answer().start)
+        next(chunks)
+        errors: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                next(chunks)
+            except (ClosedResourceError, RuntimeError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        closer = threading.Thread(target=chunks.close)
+        closer.start()
+        for one in (thread, closer):
+            one.join(PATIENCE)
+            assert not one.is_alive()
+        assert errors
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("own")], ids=repr)
+def test_what_is_no_exception(error: BaseException) -> None:
+    """It is raised to the server as it is; other requests go on."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        if (await receive())["body"]:
+            raise error
+        await start(send)
+        await send_body(send, b"ok")
+
+    with AsgiToWsgi(app_of(handle)) as wsgi:
+        with pytest.raises(type(error)) as caught:
+            ask(wsgi, b"x")
+        assert caught.value is error
+        assert ask(wsgi).body == b"ok"
+
+
+def test_a_request_that_lets_out_a_cancellation() -> None:
+    """It fails, alone: the application and its lifespan go on."""
+    import asyncio
+
+    async def handle(receive: Receive, send: Send) -> None:
+        if (await receive())["body"]:
+            raise asyncio.CancelledError
+        await start(send)
+        await send_body(send, b"ok")
+
+    with AsgiToWsgi(app_of(handle)) as wsgi:
+        with pytest.raises(RuntimeError, match="let out CancelledError.* which nobody had asked for"):
+            ask(wsgi, b"x")
+        assert ask(wsgi).body == b"ok"
+
+
+def test_what_fails_while_a_request_is_closed(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """There is nobody to raise it to: it is logged."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send)
+        await send_body(send, b"x", more=True)
+        try:
+            await sleep_forever()
+        finally:
+            raise KeyError("cleaning up")
+
+    with serve(app_of(handle)) as wsgi:
+        chunks: Any = wsgi(environ_of(), Answer().start)
+        next(chunks)
+        chunks.close()
+    assert "KeyError: 'cleaning up'" in caplog.text
+
+
+def test_a_request_while_another_thread_opens(serve: Serve) -> None:
+    """It waits for the startup."""
+    begun = threading.Event()
+    go_on = threading.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            return await echo(scope, receive, send)
+        await receive()
+        begun.set()
+        await to_thread.run_sync(go_on.wait)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        return await send({"type": "lifespan.shutdown.complete"})
+
+    wsgi = serve(app)
+    opener = threading.Thread(target=wsgi.open)
+    opener.start()
+    assert begun.wait(PATIENCE)
+    answers: list[bytes] = []
+    client = threading.Thread(target=lambda: answers.append(ask(wsgi, b"x").body))
+    client.start()
+    go_on.set()
+    client.join(PATIENCE)
+    opener.join(PATIENCE)
+    wsgi.close()
+    assert answers == [b"x"]
+
+
 def test_background_tasks_go_on_after_the_response(serve: Serve) -> None:
     """The server's thread does not wait for them, and its ``close()`` does not cancel them."""
     may_end: list[Event] = []
@@ -691,18 +819,17 @@ def test_a_request_that_crosses_closing(serve: Serve) -> None:
 
     app = serve(echo).open()
     portal = app._host().portal
-    may_stop, may_go_on = threading.Event(), threading.Event()
-    portal.call_soon(hold, may_stop)
-    assert is_held.wait(PATIENCE)
-    portal._stop()
-    is_held.clear()
+    life = portal._life
+    assert life is not None
+    may_go_on = threading.Event()
     portal.call_soon(hold, may_go_on)
-    may_stop.set()
     assert is_held.wait(PATIENCE)
     thread = threading.Thread(target=client)
     thread.start()
-    while not portal._pending:
+    while not life._pending:
         pass
+    life.is_closed = True
+    life.stop()
     may_go_on.set()
     thread.join(PATIENCE)
     app.close()
@@ -797,7 +924,9 @@ def test_wrong_options(options: dict[str, Any], match: str) -> None:
 HOP_BY_HOP: set[str] = {"connection", "te", "trailers", "upgrade", "keep-alive", "content-length"}
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
 FIELDS: st.SearchStrategy[str] = NAMES.filter(lambda name: name not in HOP_BY_HOP)
-VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=10)
+VALUES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=10).map(
+    lambda value: value.strip(" ")
+)
 PATHS = st.lists(st.binary(max_size=6), max_size=3).map(lambda parts: "/" + b"/".join(parts).decode("latin-1"))
 RESPONSES = st.tuples(
     st.sampled_from([200, 201, 204, 301, 404, 418, 500]),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import CancelledError
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -28,6 +30,7 @@ from anyio_channels import (
     RedisChannelLayer,
     RedisPubSubChannelLayer,
 )
+from anyio_channels import portal as portal_module
 from anyio_channels.portal import Portal
 from anyio_channels.sync import SyncChannelLayer
 
@@ -70,6 +73,27 @@ def keeps_messages(layer: SyncChannelLayer) -> bool:
 
 class TimeIsUp(BaseException):
     """What a signal handler raises, as Ctrl-C does, in the middle of anything."""
+
+
+def unmeasured(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test that interrupts everything in a process of its own: measuring coverage takes locks too."""
+
+    @functools.wraps(test)
+    def run(**arguments: Any) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        call = f"import test_sync; test_sync.{test.__name__}.__wrapped__(**{arguments!r})"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", call],
+            capture_output=True,
+            text=True,
+            timeout=3 * PATIENCE,
+            check=False,
+            env=environment,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return run
 
 
 class Caller(threading.Thread):
@@ -276,6 +300,7 @@ def test_shared_with_an_event_loop(backend: tuple[str, dict[str, Any]]) -> None:
         assert layer.receive("to-thread", PATIENCE) == {"n": 1}
 
 
+@unmeasured
 def test_an_interrupted_wait_takes_nothing(backend: tuple[str, dict[str, Any]]) -> None:
     """An exception out of a signal handler (Ctrl-C, a time limit) cancels the call; the next reader gets the message."""
 
@@ -370,15 +395,31 @@ def test_in_a_fork() -> None:
     """Every call says so, and leaving is silent. (Real forks are in test_sync_deployed.py; this one can be measured.)"""
     layer = SyncChannelLayer(InMemoryChannelLayer()).open()
     inbox = layer.subscribe("room").__enter__()
-    layer._portal._pid += 1
+    life = layer._portal._life
+    assert life is not None
+    life.pid += 1
     for call in (lambda: layer.send("a", {}), layer.open, inbox.receive):
         with pytest.raises(RuntimeError, match=r"was opened in process \d+, and this is a fork of it, process \d+"):
             call()
     inbox.__exit__(None, None, None)
     layer.close()
-    layer._portal._pid -= 1
+    life.pid -= 1
+    layer._portal._lock_pid += 1  # which a fork may have inherited taken: the child makes another one
     assert layer.group_channels("room") == {inbox.channel}
     layer.close()
+    with layer:
+        assert layer.group_channels("room") == set()
+
+
+def test_an_inbox_that_cannot_be_entered(backend: tuple[str, dict[str, Any]]) -> None:
+    class Refusing(InMemoryChannelLayer):
+        async def inbox_open(self, *args: Any) -> str:
+            raise KeyError("no inbox")
+
+    with SyncChannelLayer(Refusing(), backend[0], backend_options=backend[1]) as layer:
+        with pytest.raises(KeyError, match="no inbox"), layer.subscribe("room"):
+            pass
+        assert layer.group_channels("room") == set()
 
 
 class Troubled:
@@ -498,48 +539,247 @@ def test_a_cancelled_call_that_returns(backend: tuple[str, dict[str, Any]]) -> N
     portal.close()
 
 
-def test_a_call_that_crosses_closing(backend: tuple[str, dict[str, Any]]) -> None:
-    """What was handed over too late to begin is cancelled: nobody waits for ever."""
+def hold_loop(portal: Portal) -> threading.Event:
+    """Have the loop stand still, and return what lets it go on."""
     is_held = threading.Event()
-    may_stop = threading.Event()
     may_go_on = threading.Event()
 
-    def hold(until: threading.Event) -> None:
+    def hold() -> None:
         is_held.set()
-        assert until.wait(PATIENCE)
+        assert may_go_on.wait(PATIENCE)
 
+    portal.call_soon(hold)
+    assert is_held.wait(PATIENCE)
+    return may_go_on
+
+
+def test_a_call_that_crosses_closing(backend: tuple[str, dict[str, Any]]) -> None:
+    """What was handed over too late to begin is cancelled: nobody waits for ever."""
     portal = Portal("it", lambda: Troubled(at=""), *backend)
     portal.open()
-    portal.call_soon(hold, may_stop)
-    assert is_held.wait(PATIENCE)
-    portal._stop()
-    is_held.clear()
-    portal.call_soon(hold, may_go_on)
-    may_stop.set()
-    assert is_held.wait(PATIENCE)
+    may_go_on = hold_loop(portal)
     future = portal.start("coming late", anyio.sleep_forever)
+    closing = Caller(portal.close)
+    while portal._life is not None and portal._life.state == "open":
+        pass
     may_go_on.set()
     with pytest.raises(CancelledError):
         future.result(PATIENCE)
+    closing.result()
+
+
+def test_a_call_that_is_cancelled_before_it_begins(backend: tuple[str, dict[str, Any]]) -> None:
+    begun: list[int] = []
+
+    async def begin() -> None:
+        begun.append(1)
+
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+    may_go_on = hold_loop(portal)
+    future = portal.start("beginning", begin)
+    portal.cancel(future)
+    may_go_on.set()
+    with pytest.raises(CancelledError):
+        future.result(PATIENCE)
+    portal.call("asking", anyio.sleep, 0)
+    assert not begun
     portal.close()
 
 
+class Slow(Troubled):
+    """What takes until it is told, to be entered and to be left."""
+
+    def __init__(self) -> None:
+        super().__init__(at="")
+        self.may_enter = threading.Event()
+        self.may_leave = threading.Event()
+        self.entering = threading.Event()
+        self.leaving = threading.Event()
+
+    async def __aenter__(self) -> None:
+        self.entering.set()
+        await to_thread.run_sync(self.may_enter.wait, abandon_on_cancel=True)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leaving.set()
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self.may_leave.wait)
+
+
+def test_closing_while_it_is_opened(backend: tuple[str, dict[str, Any]]) -> None:
+    """Opening is cancelled, and whoever opens is told."""
+    slow = Slow()
+    portal = Portal("it", lambda: slow, *backend)
+    opening = Caller(portal.open)
+    assert slow.entering.wait(PATIENCE)
+    Caller(portal.close).result()
+    with pytest.raises(ClosedResourceError, match="it was closed while it was being opened"):
+        opening.result()
+    slow.may_enter.set()
+
+
+def test_opening_while_it_is_closed(backend: tuple[str, dict[str, Any]]) -> None:
+    """It waits until the one before has ended, and is another one."""
+    slow = Slow()
+    slow.may_enter.set()
+    portal = Portal("it", lambda: slow, *backend)
+    portal.open()
+    closing = Caller(portal.close)
+    assert slow.leaving.wait(PATIENCE)
+    opening = Caller(portal.open)
+    with pytest.raises(ClosedResourceError):
+        portal.call("asking", anyio.sleep, 0)
+    slow.may_leave.set()
+    closing.result()
+    opening.result()
+    portal.call("asking", anyio.sleep, 0)
+    portal.close()
+
+
+def test_opening_closing_and_calling_at_the_same_time(backend: tuple[str, dict[str, Any]]) -> None:
+    """Whoever comes when, each call has an end, and so has the last loop."""
+    layer = SyncChannelLayer(InMemoryChannelLayer(), backend[0], backend_options=backend[1])
+
+    def open_and_close() -> None:
+        for _ in range(30):
+            with suppress(RuntimeError, ClosedResourceError):
+                layer.open()
+            layer.close()
+
+    def call() -> None:
+        for _ in range(300):
+            with suppress(RuntimeError, ClosedResourceError):
+                layer.new_channel()
+
+    for caller in [Caller(open_and_close) for _ in range(2)] + [Caller(call) for _ in range(4)]:
+        caller.result()
+    layer.close()
+    assert not [thread for thread in threading.enumerate() if "portal of" in thread.name]
+
+
+def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    portal = Portal("it", lambda: Troubled(at=""), "asyncio", None)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            portal.open()
+    portal.close()
+    portal.open()
+    portal.close()
+
+
+def test_a_call_that_lets_out_what_it_should_not() -> None:
+    """The call fails; the loop and the other calls go on."""
+    import asyncio
+
+    async def cancel_oneself() -> None:
+        raise asyncio.CancelledError
+
+    async def leave() -> None:
+        raise GeneratorExit
+
+    portal = Portal("it", lambda: Troubled(at=""), "asyncio", None)
+    portal.open()
+    waiting = portal.start("waiting", anyio.sleep_forever)
+    for function in (cancel_oneself, leave):
+        with pytest.raises(RuntimeError, match="which nobody had asked for"):
+            portal.call("leaving", function)
+    portal.call("asking", anyio.sleep, 0)
+    assert not waiting.done()
+    portal.close()
+
+
+def test_a_call_from_the_loop_itself(backend: tuple[str, dict[str, Any]]) -> None:
+    """Also in a plain callback, which is no task."""
+    errors: list[Any] = []
+    portal = Portal("it", lambda: Troubled(at=""), *backend)
+    portal.open()
+
+    def callback() -> None:
+        try:
+            portal.call("calling", anyio.sleep, 0)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    portal.call_soon(callback)
+    portal.call("asking", anyio.sleep, 0)
+    assert "calling would block the event loop" in errors[0]
+    portal.close()
+
+
+@unmeasured
+def test_a_call_in_the_middle_of_a_call(backend: tuple[str, dict[str, Any]]) -> None:
+    """A signal handler may use the layer, whatever the thread was doing."""
+    answers: list[str] = []
+
+    with SyncChannelLayer(InMemoryChannelLayer(), backend[0], backend_options=backend[1]) as layer:
+
+        def on_signal(*_: object) -> None:
+            answers.append(layer.new_channel())
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)  # the next one, when this one is through
+
+        before = signal.signal(signal.SIGALRM, on_signal)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)
+            while len(answers) < 200:
+                layer.new_channel()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+@unmeasured
+def test_interrupted_blocks_leave_no_inbox(backend: tuple[str, dict[str, Any]]) -> None:
+    """Whenever the interrupt comes within entering and leaving, the inbox is gone afterwards."""
+    armed = False
+
+    def on_signal(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise TimeIsUp
+
+    with SyncChannelLayer(InMemoryChannelLayer(), backend[0], backend_options=backend[1]) as layer:
+        before = signal.signal(signal.SIGALRM, on_signal)
+        interrupted = left_behind = 0
+        try:
+            for number in range(600):
+                inbox = layer.subscribe("room")
+                try:
+                    armed = True
+                    signal.setitimer(signal.ITIMER_REAL, 1e-6 + number * 1e-6)
+                    inbox.__enter__()
+                    inbox.__exit__(None, None, None)
+                    armed = False
+                except TimeIsUp:
+                    interrupted += 1
+                    armed = False
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    # Between the two calls Python itself may be interrupted: the block would have been left.
+                    if inbox._is_in:
+                        inbox.__exit__(None, None, None)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        left_behind = len(layer.group_channels("room"))
+    assert interrupted
+    assert left_behind == 0
+
+
+@unmeasured
 def test_opening_is_interrupted() -> None:
-    """The thread ends as soon as it has begun, and the portal can be opened again."""
-    may_enter = threading.Event()
-    left = threading.Event()
-
-    class Slow(Troubled):
-        async def __aenter__(self) -> None:
-            await to_thread.run_sync(may_enter.wait)
-
-        async def __aexit__(self, *_: object) -> None:
-            left.set()
+    """It is given up, and can be opened again, when what was begun has ended."""
+    slow = Slow()
 
     def on_alarm(*_: object) -> None:
         raise TimeIsUp
 
-    portal = Portal("it", lambda: Slow(at=""), "asyncio", None)
+    portal = Portal("it", lambda: slow, "asyncio", None)
     before = signal.signal(signal.SIGALRM, on_alarm)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
@@ -548,10 +788,67 @@ def test_opening_is_interrupted() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    with pytest.raises(RuntimeError, match="it is already open"):
-        portal.open()
-    may_enter.set()
-    assert left.wait(PATIENCE)
+    slow.may_enter.set()
+    slow.may_leave.set()
+    portal.open()
+    portal.call("asking", anyio.sleep, 0)
     portal.close()
+
+
+def test_interrupted_at_the_worst_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place where an interrupt may strike, one after the other; the storms above find them by chance."""
+
+    class Interrupting:
+        """A lock that is interrupted when it is waited for."""
+
+        def acquire(self) -> None:
+            raise TimeIsUp
+
+        def release(self) -> None:
+            pass
+
+    def interrupted_after(*args: Any, **options: Any) -> Any:
+        call(*args, **options)
+        raise TimeIsUp
+
+    def interrupted_before(*args: Any, **options: Any) -> Any:
+        raise TimeIsUp
+
+    with SyncChannelLayer(InMemoryChannelLayer()) as layer:
+        with monkeypatch.context() as patch:
+            patch.setattr(portal_module, "_taken_lock", Interrupting)
+            with pytest.raises(TimeIsUp):
+                layer.receive("a")
+        layer.send("a", {"n": 1})
+        assert layer.receive("a", PATIENCE) == {"n": 1}
+        call = layer._portal.call
+        inbox = layer.subscribe("room")
+        with monkeypatch.context() as patch:
+            patch.setattr(layer._portal, "call", interrupted_after)
+            with pytest.raises(TimeIsUp):
+                inbox.__enter__()
+        while layer.group_channels("room"):
+            pass
+        inbox = layer.subscribe("room").__enter__()
+        with monkeypatch.context() as patch:
+            patch.setattr(layer._portal, "call", interrupted_before)
+            with pytest.raises(TimeIsUp):
+                inbox.__exit__(None, None, None)
+        while layer.group_channels("room"):
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(layer._portal, "call", interrupted_before)
+            inbox = layer.subscribe("room")
+            with pytest.raises(TimeIsUp):
+                inbox.__enter__()
+        assert layer.group_channels("room") == set()
+    slow = Slow()
+    slow.may_leave.set()
+    portal = Portal("it", lambda: slow, "asyncio", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(portal_module._Life, "await_begun", interrupted_before)
+        with pytest.raises(TimeIsUp):
+            portal.open()
+    slow.may_enter.set()
     portal.open()
     portal.close()

@@ -72,7 +72,7 @@ class Body:
         """Move what is buffered to a temporary file."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        chunks, self._chunks, self._buffered = self._chunks, [], 0
+        chunks, self._chunks, self._buffered, self._is_full = self._chunks, [], 0, False
         await to_thread.run_sync(self._file.writelines, chunks)
 
     def _take(self, message: MutableMapping[str, Any]) -> None:
@@ -81,8 +81,8 @@ class Body:
             if chunk:
                 self._chunks.append(chunk)
                 self._buffered += len(chunk)
-            self._is_full = self._buffered > self._buffer_size
-        self._complete = not message.get("more_body", False)
+            self._complete = not message.get("more_body", False)
+            self._is_full = self._buffered > self._buffer_size and not self._complete
 
     async def go_on(self) -> None:
         """Take in the rest, as far as there is room; then wait, and return when the client goes away."""

@@ -194,7 +194,7 @@ class _Exchange:
 
     def _hand_on_all(self, chunks: Sequence[bytes]) -> None:
         """All of it is here already: there is nothing to gain from sending before the thread is free."""
-        if len(chunks) == 1 and self._head is not None:
+        if len(chunks) == 1 and self._head is not None and not self._head_handed_on:
             set_content_length(self._head, len(chunks[0]))
         for chunk in chunks:
             self._check(chunk)

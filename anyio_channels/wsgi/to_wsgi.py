@@ -12,6 +12,7 @@ Rules (PEP 3333, and https://asgi.readthedocs.io/en/latest/specs/www.html):
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Self
 
-from anyio import ClosedResourceError, Event, get_cancelled_exc_class
+from anyio import ClosedResourceError, Event, current_effective_deadline, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 
 from anyio_channels.layers.base import require_count
@@ -160,7 +161,7 @@ class _Exchange:
         self._is_head = environ["REQUEST_METHOD"] == "HEAD"
         self._inbox: SimpleQueue[Any] = SimpleQueue()  # what the thread is to do
         self._future: Future[None] | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         # Of the thread.
         self._has_ended = False  # the application
         self._is_complete = False  # the response
@@ -217,6 +218,10 @@ class _Exchange:
             self._portal.cancel(self._future)
             while not self._has_ended:
                 self._has_ended = self._inbox.get() is _END
+            self._inbox.put(_END)  # another thread may wait for it as well
+            error, self._error = self._error, None
+            if error is not None and not isinstance(error, ClosedResourceError):
+                _logger.error("%r: an error in a request that was closed", self._app, exc_info=error)
 
     def _next_message(self) -> Message | None:
         """Do what the application asks of this thread, until it sends something; return that, or ``None`` at its end."""
@@ -226,11 +231,13 @@ class _Exchange:
                 self._portal.call_soon(self._take, *self._read())
             elif item is _END:
                 self._has_ended = True
+                self._inbox.put(_END)
             else:
                 message: Message = item
                 return message
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         return None
 
     def _read(self) -> tuple[bytes | None, bool]:
@@ -264,13 +271,19 @@ class _Exchange:
         self._is_begun = True
         try:
             await self._app(self._scope, self._receive, self._send)
-        except get_cancelled_exc_class():
-            self._error = ClosedResourceError(f"{self._portal.name} was closed")
+        except get_cancelled_exc_class() as error:
+            self._error = (
+                ClosedResourceError(f"{self._portal.name} was closed")
+                if current_effective_deadline() == -math.inf
+                else RuntimeError(f"{self._app!r:.200} let out {error!r}, which nobody had asked for")
+            )
             raise
-        except Exception as error:
+        except BaseException as error:
             if self._is_sent:
                 _logger.exception("%r: an error after its response", self._app)
             self._error = error
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._inbox.put(_END)
 
@@ -316,7 +329,7 @@ class _Exchange:
             with self._lock:
                 if self._ahead <= self._buffer_size:
                     break
-                room = self._room = Event()
+                room = self._room = self._room or Event()  # several tasks may send
             await room.wait()
         await checkpoint()
 

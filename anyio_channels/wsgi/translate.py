@@ -73,7 +73,7 @@ def response_head(status: str, headers: list[tuple[str, str]]) -> dict[str, Any]
             raise ValueError(f"the value of header {name!r} must be in latin-1, not {value!r:.100}") from None
         if _CONTROL.search(encoded):
             raise ValueError(f"the value of header {name!r} holds a control character: {value!r:.100}")
-        raw.append((name.lower().encode(), encoded))
+        raw.append((name.lower().encode(), encoded.strip(b" \t")))  # RFC 9110, 5.5: no part of the value
     return {"type": "http.response.start", "status": int(status[:3]), "headers": raw}
 
 
