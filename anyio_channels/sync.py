@@ -238,7 +238,7 @@ class SyncInbox:
         return self._inbox.channel
 
     def __enter__(self) -> Self:
-        """Make the channel and join the groups. If interrupted, neither is left behind."""
+        """Make the channel and join the groups. If interrupted while it waits, neither is left behind."""
         try:
             self._call("subscribe()", self._enter)
         except BaseException:
