@@ -615,11 +615,13 @@ def test_a_request_that_lets_out_a_cancellation() -> None:
 
 def test_what_fails_while_a_request_is_closed(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     """There is nobody to raise it to: it is logged."""
+    waits = threading.Event()
 
     async def handle(receive: Receive, send: Send) -> None:
         await start(send)
         await send_body(send, b"x", more=True)
         try:
+            waits.set()
             await sleep_forever()
         finally:
             raise KeyError("cleaning up")
@@ -627,6 +629,7 @@ def test_what_fails_while_a_request_is_closed(serve: Serve, caplog: pytest.LogCa
     with serve(app_of(handle)) as wsgi:
         chunks: Any = wsgi(environ_of(), Answer().start)
         next(chunks)
+        assert waits.wait(PATIENCE)
         chunks.close()
     assert "KeyError: 'cleaning up'" in caplog.text
 
