@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
@@ -656,6 +657,33 @@ def test_opening_closing_and_calling_at_the_same_time(backend: tuple[str, dict[s
         caller.result()
     layer.close()
     assert not [thread for thread in threading.enumerate() if "portal of" in thread.name]
+
+
+def test_closed_before_its_loop_has_begun(backend: tuple[str, dict[str, Any]]) -> None:
+    """Who opens is told so, nothing was entered, and what is for the ended loop is for nobody."""
+    portal = Portal("it", lambda: Troubled(at="enter"), backend[0], backend[1])
+    run, started, may_begin = portal._run, threading.Event(), threading.Event()
+
+    def run_later(main: Callable[[], Any]) -> None:
+        started.set()
+        assert may_begin.wait(PATIENCE)
+        run(main)
+
+    portal._run = run_later  # type: ignore[assignment]
+    opening = Caller(portal.open)
+    assert started.wait(PATIENCE)
+    life = portal._life
+    assert life is not None
+    closing = Caller(portal.close)
+    deadline = time.monotonic() + PATIENCE
+    while life.state != "closing":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)  # until the other thread has said so
+    may_begin.set()
+    with pytest.raises(ClosedResourceError, match="it was closed while it was being opened"):
+        opening.result()
+    closing.result()
+    portal.call_soon(pytest.fail, "called")
 
 
 def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
