@@ -321,7 +321,7 @@ def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
     if options.get("ssl_certfile"):
         context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password"))
     if options.get("ssl_min_version") is not None:
-        context.minimum_version = ssl.TLSVersion(options["ssl_min_version"])
+        context.minimum_version = ssl.TLSVersion(int(options["ssl_min_version"]))  # redis before 6 leaves it a str
     if options.get("ssl_ciphers"):
         context.set_ciphers(options["ssl_ciphers"])
     return context
