@@ -192,7 +192,7 @@ def test_all_public_names_are_in_the_reference(module: str) -> None:
     """What can be imported is described, under the name by which it is imported."""
     described = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
-        described |= set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE))
+        described |= set(re.findall(r"^\.\. (?:auto\w+|data):: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE))
     names = importlib.import_module(module).__all__
     assert names
     assert [name for name in names if f"{module}.{name}" not in described] == []
@@ -203,6 +203,14 @@ def test_the_layers_module_has_no_other_names() -> None:
     assert set(anyio_channels.layers.__all__) == set(anyio_channels.__all__) - {"__version__"}
     for name in anyio_channels.layers.__all__:
         assert getattr(anyio_channels.layers, name) is getattr(anyio_channels, name)
+
+
+def test_diagrams_are_what_the_script_draws(tmp_path: Path) -> None:
+    folder = ROOT / "docs" / "diagrams"
+    subprocess.run([sys.executable, "-P", folder / "draw.py", tmp_path], check=True)
+    drawn = {picture.name: picture.read_text("utf-8") for picture in tmp_path.glob("*.svg")}
+    assert drawn == {picture.name: picture.read_text("utf-8") for picture in folder.glob("*.svg")}
+    assert drawn
 
 
 def test_ci_builds_the_site_as_the_readme_says() -> None:
