@@ -242,16 +242,16 @@ class BaseChannelLayer:
     async def group_add(self, group: str, channel: str) -> None:
         """Make ``channel`` a member of ``group``, or renew its membership for ``group_expiry`` seconds.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it is a
-        member or is not.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it
+        is a member or is not.
         """
         raise self._not_implemented("group_add")
 
     async def group_discard(self, group: str, channel: str) -> None:
         """End the membership of ``channel`` in ``group``; nothing happens if it is not a member.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it is a
-        member or is not.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it
+        is a member or is not.
         """
         raise self._not_implemented("group_discard")
 
@@ -269,8 +269,8 @@ class BaseChannelLayer:
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now; the empty set if there are none.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, nothing
-        has changed.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled,
+        nothing has changed.
         """
         raise self._not_implemented("group_channels")
 

@@ -97,8 +97,8 @@ class Inbox:
     async def join(self, group: str) -> None:
         """Become a member of ``group`` until ``leave`` or the end of the block; nothing happens if it is one.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when the block was left or the layer
-        closed. If cancelled, a member or not; the end of the block leaves the group either way.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when the block was left or the
+        layer closed. If cancelled, a member or not; the end of the block leaves the group either way.
         """
         if self._closed:
             raise ClosedResourceError
