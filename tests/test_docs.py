@@ -9,6 +9,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,12 +143,12 @@ def test_how_pages_are_read() -> None:
 def commands() -> list[tuple[str, str]]:
     """What the pages have people call: the subcommands of the script, and the files."""
     found = set()
+    code = [block.text for block in BLOCKS if block.language == "sh"]
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        found |= {("command", name) for name in re.findall(r"\banyio-channels ([a-z][a-z-]*)", text)}
-        found |= {
-            ("file", name) for name in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+\.(?:py|json|svg)\b", text)
-        }
+        text = page.read_text("utf-8")
+        code += re.findall(r"`([^`\n]+)`", text)
+        found |= {("file", name) for name in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+\.py\b", text)}
+    found |= {("command", name) for one in code for name in re.findall(r"\banyio-channels ([a-z][a-z-]*)", one)}
     return sorted(found)
 
 
@@ -211,6 +212,20 @@ def test_diagrams_are_what_the_script_draws(tmp_path: Path) -> None:
     drawn = {picture.name: picture.read_text("utf-8") for picture in tmp_path.glob("*.svg")}
     assert drawn == {picture.name: picture.read_text("utf-8") for picture in folder.glob("*.svg")}
     assert drawn
+
+
+def test_each_dependency_has_its_reason() -> None:
+    """The page about the design says of each what it is for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    lists = [
+        project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"].values(),
+        *project["dependency-groups"].values(),
+    ]
+    names = {re.split(r"[^\w-]", one)[0] for ones in lists for one in ones if isinstance(one, str)}
+    explained = set(re.findall(r"\*\*([\w-]+)\*\*", (ROOT / "docs" / "design.md").read_text("utf-8")))
+    assert "anyio" in names
+    assert sorted(names - explained - {"coverage"}) == []  # coverage is pytest-cov's own
 
 
 def test_ci_builds_the_site_as_the_readme_says() -> None:
