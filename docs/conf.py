@@ -23,8 +23,8 @@ exclude_patterns = ["benchmarks/*"]
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # The standard library, anyio and Hypothesis: their pages are elsewhere, and the build needs no network.
-    ("py:.*", r"(builtins|collections|contextlib|re|types|typing|anyio|hypothesis)(\..*)?"),
+    # The standard library, anyio, Hypothesis and OpenTelemetry: their pages are elsewhere, and the build needs no network.
+    ("py:.*", r"(builtins|collections|contextlib|re|types|typing|anyio|hypothesis|opentelemetry)(\..*)?"),
     ("py:class", r"(bool|bytes|dict|float|frozenset|int|list|object|set|str|tuple|type|Any|Self|Pattern|Callable)"),
 ]
 

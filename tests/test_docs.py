@@ -24,7 +24,7 @@ BLOCKS = list(all_blocks())
 RUN = [(block, way) for block in BLOCKS if block.language == "python" and block.file is None for way in block.ways]
 BUILT = {"docs/tutorial.md": "test_tutorial.py"}
 """The tests of pages that build a project."""
-INTERNAL = {"cli", "demo", "exceptions", "layers", "portal"}
+INTERNAL = {"cli", "demo", "exceptions", "layers", "log", "portal"}
 """Modules that hold nothing public but what can be imported from the package itself."""
 PUBLIC = [
     "anyio_channels",
