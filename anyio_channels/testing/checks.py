@@ -119,6 +119,7 @@ class Check:
     """One named check."""
 
     clause: str
+    """The clause of the contract that it is about, as ``BaseChannelLayer`` calls it."""
     run: _Run
     applies: _Applies
     """Whether a layer with these features is held to it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .layer import RedisLayerStatistics
 from .pubsub import RedisPubSubChannelLayer
 from .queue import RedisChannelLayer
 
-__all__ = ["RedisChannelLayer", "RedisPubSubChannelLayer"]
+__all__ = ["RedisChannelLayer", "RedisLayerStatistics", "RedisPubSubChannelLayer"]
