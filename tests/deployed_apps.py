@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from anyio import create_task_group
 
-from anyio_channels import create_channel_layer
+from anyio_channels import channel_layers, create_channel_layer, register_channel_layer
 from anyio_channels.sync import SyncChannelLayer
 
 if TYPE_CHECKING:
@@ -85,11 +83,7 @@ def make_starlette_app() -> Starlette:
     from starlette.routing import WebSocketRoute
 
     native = create_channel_layer(os.environ["LAYER"])
-
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with native:
-            yield
+    register_channel_layer("default", native)
 
     async def hear(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -105,7 +99,7 @@ def make_starlette_app() -> Starlette:
                 pass
             tasks.cancel_scope.cancel()
 
-    return Starlette(routes=[WebSocketRoute("/", hear)], lifespan=lifespan)
+    return Starlette(routes=[WebSocketRoute("/", hear)], lifespan=channel_layers.open)
 
 
 # Celery

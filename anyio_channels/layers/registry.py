@@ -1,14 +1,15 @@
 """Layers by alias, and layers from URLs.
 
 Rules:
-- the registry opens and closes nothing: whoever made a layer does.
+- the registry opens and closes a layer only when asked to by ``open()``; a layer known by two aliases is one layer.
 - in a URL the scheme says which layer, the query gives its options; what it does not know is an error that lists what
   there is. Options that a URL cannot say (functions, mappings) are keyword arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -63,6 +64,23 @@ class ChannelLayerRegistry:
     def clear(self) -> None:
         """Forget all aliases. No layer is closed."""
         self._layers.clear()
+
+    @asynccontextmanager
+    async def open(self, app: object = None, /) -> AsyncIterator[None]:  # noqa: ARG002 - who calls it as a lifespan gives one
+        """Open every registered layer for as long as the block runs: ``async with channel_layers.open():``.
+
+        Fits where an ASGI framework takes a lifespan: ``Starlette(lifespan=channel_layers.open)``, and FastAPI's too;
+        ``app`` is what they pass, and is not used. Layers are opened in the order of registration and closed in the
+        reverse order, also when cancelled; a layer known by two aliases is opened once. What is registered or forgotten
+        while the block runs changes nothing about which layers are open.
+
+        Raises what a layer raises that cannot be opened, when those opened before it have been closed: ``RuntimeError``
+        if it is open already. If cancelled while opening, all are closed.
+        """
+        async with AsyncExitStack() as stack:
+            for layer in {id(layer): layer for layer in self._layers.values()}.values():
+                await stack.enter_async_context(layer)
+            yield
 
     def __contains__(self, alias: object) -> bool:
         """Whether ``alias`` is known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, assert_type
 
+from fastapi import FastAPI
 from flask import Flask
 from starlette.applications import Starlette
 
@@ -16,6 +17,7 @@ from anyio_channels import (
     MessagesLost,
     RedisChannelLayer,
     RedisPubSubChannelLayer,
+    channel_layers,
     create_channel_layer,
     create_redis_channel_layer,
     get_channel_layer,
@@ -74,6 +76,13 @@ def use_synchronously(layer: InMemoryChannelLayer) -> None:
             assert_type(inbox, SyncInbox)
             for message in inbox:
                 assert_type(message, dict[str, Any])
+
+
+async def open_all() -> None:
+    async with channel_layers.open() as nothing:
+        assert_type(nothing, None)
+    Starlette(lifespan=channel_layers.open)
+    FastAPI(lifespan=channel_layers.open)
 
 
 def adapt() -> None:
