@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import anyio
+import anyio.lowlevel
 import pytest
 from doc_pages import ROOT, Block, read_blocks
 from redis_server import RedisServer, wait_until
 from websockets.sync.client import ClientConnection, connect
+
+from anyio_channels import BaseChannelLayer, ChannelFull, RedisChannelLayer, create_channel_layer
 
 PATIENCE = 30.0
 HOWTO = ROOT / "docs" / "howto"
@@ -215,3 +219,53 @@ def test_what_a_fixture_of_pytest_asyncio_cannot_hold(server: RedisServer, tmp_p
     assert code == 1
     assert "3 passed, 3 errors" in said
     assert len(re.findall(rf"^E +RuntimeError: {error}$", said, re.MULTILINE)) == 3
+
+
+# Deploying
+
+ACL = re.findall(r"^ACL SETUSER (.+)$", (HOWTO / "deploying.md").read_text("utf-8"), re.MULTILINE)
+
+
+async def use_all(layer: BaseChannelLayer) -> None:
+    """Every method, also the rare ways through it."""
+    async with layer:
+        async with layer.subscribe("room") as inbox, layer.subscribe("room") as other:
+            await layer.group_send("room", {"n": 1})
+            await layer.send(inbox.channel, {"n": 2})
+            with anyio.fail_after(PATIENCE):
+                assert [(await inbox.receive())["n"] for _ in range(2)] == [1, 2]
+                assert await other.receive() == {"n": 1}
+            assert inbox.channel in await layer.group_channels("room")
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+        await layer.group_discard("room", channel)
+        if isinstance(layer, RedisChannelLayer):
+            await layer.send("shop.jobs", {"n": 1})
+            with pytest.raises(ChannelFull):
+                await layer.send("shop.jobs", {"n": 2})
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(layer.receive, "shop.jobs")
+            await anyio.wait_all_tasks_blocked()
+            if isinstance(layer, RedisChannelLayer):
+                with anyio.fail_after(PATIENCE):
+                    await layer.send("shop.jobs", {"n": 2}, wait=True)
+            else:
+                while layer.statistics().received < 4:  # a subscription takes its time
+                    await layer.send("shop.jobs", {"n": 2})
+                    await anyio.lowlevel.checkpoint()
+        await layer.flush()
+
+
+@pytest.mark.parametrize("rule", ACL, ids=lambda rule: rule.split()[0])
+def test_rights_suffice(rule: str, server: RedisServer) -> None:
+    """With the rights that the page gives to a user, every method works and nothing is refused."""
+    assert len(ACL) == 2
+    name = rule.split()[0]
+    url = f"{'redis+pubsub' if name == 'shop-live' else 'redis'}://{name}:secret@{server.host}:{server.port}/0"
+    with server.client() as client:
+        client.flushall()
+        client.execute_command("ACL", "LOG", "RESET")
+        client.execute_command("ACL", "SETUSER", *rule.split())
+        for backend in ("asyncio", "trio"):
+            anyio.run(use_all, create_channel_layer(url, prefix="shop", channel_capacity={"shop.jobs": 1}, keep_alive=0.1), backend=backend)
+        assert client.execute_command("ACL", "LOG") == []
