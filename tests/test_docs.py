@@ -28,6 +28,7 @@ BUILT = {
             "docs/howto/starlette-fastapi.md",
             "docs/howto/testing.md",
             "docs/howto/workers.md",
+            "docs/moving/django-channels.md",
         ],
         "test_howto.py",
     ),
@@ -179,7 +180,9 @@ def test_commands_are_there(kind: str, name: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     """Every file that a page links to, or shows, is there; and every heading."""
-    prose = {page: re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL) for page in PAGES}
+    prose = {
+        page: re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL) for page in PAGES
+    }
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s:]+)\)", prose[page])]
     assert links
     lost = []
