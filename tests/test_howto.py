@@ -138,6 +138,31 @@ def test_rooms_and_notices(command: str, processes: int, server: RedisServer, tm
                 assert hear(ada) == hear(grace) == {"type": "notice", "text": "again"}
 
 
+@pytest.mark.parametrize("command", list(SERVERS.values())[::2], ids=list(SERVERS)[::2])
+def test_rooms_of_fastapi(command: str, tmp_path: Path) -> None:
+    """Notices come from asynchronous endpoints and from those that run in a thread."""
+    write_files("howto/starlette-fastapi.md", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        words = command.format(fd=listener.fileno()).replace("app:app", "shop:app").split()
+        with (
+            started(tmp_path, "shop", "-m", *words, fd=listener.fileno()),
+            connect(f"ws://{address}/ws/tea") as ada,
+            connect(f"ws://{address}/ws/tea") as grace,
+        ):
+            ada.send("hi")
+            assert hear(grace) == {"type": "said", "text": "hi"}
+            for path in ("notify", "notify-from-thread"):
+                request = urllib.request.Request(
+                    f"http://{address}/{path}/tea",
+                    json.dumps({"text": path}).encode(),
+                    {"Content-Type": "application/json"},
+                )
+                with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+                    assert response.status == 202
+                assert hear(ada) == hear(grace) == {"type": "notice", "text": path}
+
+
 # Django Channels
 
 
