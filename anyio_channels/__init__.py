@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+"""The version of the package, as its metadata has it."""
 
 
 def __getattr__(name: str) -> Any:

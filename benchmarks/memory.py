@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -237,6 +238,7 @@ def report(figures: dict[str, float], rounds: int) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "from source"
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "rounds": rounds,
@@ -291,7 +293,7 @@ def main() -> None:
     print_table(figures)
     if arguments.json:
         with open(arguments.json, "w") as file:  # noqa: PTH123
-            json.dump(report(figures, arguments.rounds), file, indent=2)
+            file.write(json.dumps(report(figures, arguments.rounds), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,7 @@ def report(rounds: int, url: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "from source"
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "rounds": rounds,
@@ -318,7 +320,7 @@ def main() -> None:
             measure(arguments.rounds, url)
             print_table()
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(report(arguments.rounds, url), indent=2))
+                Path(arguments.json).write_text(json.dumps(report(arguments.rounds, url), indent=2) + "\n")
         finally:
             server.terminate()
             server.wait()

@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -638,6 +639,7 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace, seco
             versions[package] = "from source"
     hidden = ("json", "worker")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": versions,
@@ -705,7 +707,7 @@ def main() -> None:
     print_tables(found, arguments)
     if arguments.json:
         result = rounded(report(found, arguments, time.monotonic() - start))
-        Path(arguments.json).write_text(json.dumps(result, indent=2))
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
     if any("error" in one for one in found.values()):
         sys.exit(1)
 

@@ -55,6 +55,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -669,6 +670,7 @@ def report(found: Found, arguments: argparse.Namespace, seconds: float) -> dict[
     """Return all figures with what they depend on."""
     hidden = ("json", "serve", "slow")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
@@ -741,7 +743,7 @@ def main() -> None:
         print_table(found, arguments)
         if arguments.json:
             result = report(found, arguments, time.monotonic() - start)
-            Path(arguments.json).write_text(json.dumps(result, indent=2))
+            Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

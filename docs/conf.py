@@ -13,7 +13,7 @@ import logging
 import anyio_channels
 
 project = "anyio_channels"
-author = "The anyio_channels maintainers"
+author = project_copyright = "The anyio_channels maintainers"
 version = release = anyio_channels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
@@ -23,8 +23,8 @@ exclude_patterns = ["benchmarks/*"]
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # The standard library, anyio and Hypothesis: their pages are elsewhere, and the build needs no network.
-    ("py:.*", r"(builtins|collections|contextlib|re|types|typing|anyio|hypothesis)(\..*)?"),
+    # The standard library, anyio, Hypothesis and OpenTelemetry: their pages are elsewhere, and the build needs no network.
+    ("py:.*", r"(builtins|collections|contextlib|re|types|typing|anyio|hypothesis|opentelemetry)(\..*)?"),
     ("py:class", r"(bool|bytes|dict|float|frozenset|int|list|object|set|str|tuple|type|Any|Self|Pattern|Callable)"),
 ]
 
@@ -44,6 +44,7 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
+toc_object_entries_show_parents = "hide"
 
 # The site
 

@@ -6,9 +6,11 @@ And nothing public is left out of the reference.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,16 @@ BUILT = {
     ),
 }
 """The tests of pages that build a project."""
+INTERNAL = {"cli", "demo", "exceptions", "layers", "log", "portal"}
+"""Modules that hold nothing public but what can be imported from the package itself."""
+PUBLIC = [
+    "anyio_channels",
+    *(
+        f"anyio_channels.{one.name}"
+        for one in pkgutil.iter_modules(anyio_channels.__path__)
+        if one.name not in INTERNAL
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +166,12 @@ def test_how_pages_are_read() -> None:
 def commands() -> list[tuple[str, str]]:
     """What the pages have people call: the subcommands of the script, and the files."""
     found = set()
+    code = [block.text for block in BLOCKS if block.language == "sh"]
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        found |= {("command", name) for name in re.findall(r"\banyio-channels ([a-z][a-z-]*)", text)}
-        found |= {
-            ("file", name) for name in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+\.(?:py|json|svg)\b", text)
-        }
+        text = page.read_text("utf-8")
+        code += re.findall(r"`([^`\n]+)`", text)
+        found |= {("file", name) for name in re.findall(r"\b(?:benchmarks|tests|docs)/[\w/.-]+\.py\b", text)}
+    found |= {("command", name) for one in code for name in re.findall(r"\banyio-channels ([a-z][a-z-]*)", one)}
     return sorted(found)
 
 
@@ -200,14 +212,12 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in found}
 
 
-@pytest.mark.parametrize(
-    "module", ["anyio_channels", "anyio_channels.sync", "anyio_channels.testing", "anyio_channels.wsgi"]
-)
+@pytest.mark.parametrize("module", PUBLIC)
 def test_all_public_names_are_in_the_reference(module: str) -> None:
     """What can be imported is described, under the name by which it is imported."""
     described = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
-        described |= set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE))
+        described |= set(re.findall(r"^\.\. (?:auto\w+|data):: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE))
     names = importlib.import_module(module).__all__
     assert names
     assert [name for name in names if f"{module}.{name}" not in described] == []
@@ -218,6 +228,28 @@ def test_the_layers_module_has_no_other_names() -> None:
     assert set(anyio_channels.layers.__all__) == set(anyio_channels.__all__) - {"__version__"}
     for name in anyio_channels.layers.__all__:
         assert getattr(anyio_channels.layers, name) is getattr(anyio_channels, name)
+
+
+def test_diagrams_are_what_the_script_draws(tmp_path: Path) -> None:
+    folder = ROOT / "docs" / "diagrams"
+    subprocess.run([sys.executable, "-P", folder / "draw.py", tmp_path], check=True)
+    drawn = {picture.name: picture.read_text("utf-8") for picture in tmp_path.glob("*.svg")}
+    assert drawn == {picture.name: picture.read_text("utf-8") for picture in folder.glob("*.svg")}
+    assert drawn
+
+
+def test_each_dependency_has_its_reason() -> None:
+    """The page about the design says of each what it is for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    lists = [
+        project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"].values(),
+        *project["dependency-groups"].values(),
+    ]
+    names = {re.split(r"[^\w-]", one)[0] for ones in lists for one in ones if isinstance(one, str)}
+    explained = set(re.findall(r"\*\*([\w-]+)\*\*", (ROOT / "docs" / "design.md").read_text("utf-8")))
+    assert "anyio" in names
+    assert sorted(names - explained - {"coverage"}) == []  # coverage is pytest-cov's own
 
 
 def test_ci_builds_the_site_as_the_readme_says() -> None:

@@ -223,13 +223,17 @@ class BaseChannelLayer:
         raise self._not_implemented("receive")
 
     async def new_channel(self, prefix: str = "specific.") -> str:
-        """Return a process-specific channel name that nobody has, starting with ``prefix``."""
+        """Return a process-specific channel name that nobody has, starting with ``prefix``.
+
+        ``prefix``: 1 to 50 ASCII letters, digits, hyphens, underscores and periods; ``TypeError`` for others.
+        ``anyio.ClosedResourceError`` when closed. If cancelled, there is no such channel.
+        """
         raise self._not_implemented("new_channel")
 
     async def flush(self) -> None:
         """Throw away all messages and memberships. Who waits for a message goes on waiting.
 
-        If cancelled, the layer was flushed or was not.
+        Raises ``anyio.ClosedResourceError`` when closed. If cancelled, the layer was flushed or was not.
         """
         raise self._not_implemented("flush")
 
@@ -238,31 +242,40 @@ class BaseChannelLayer:
     async def group_add(self, group: str, channel: str) -> None:
         """Make ``channel`` a member of ``group``, or renew its membership for ``group_expiry`` seconds.
 
-        If cancelled, it is a member or is not.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it
+        is a member or is not.
         """
         raise self._not_implemented("group_add")
 
     async def group_discard(self, group: str, channel: str) -> None:
         """End the membership of ``channel`` in ``group``; nothing happens if it is not a member.
 
-        If cancelled, it is a member or is not.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it
+        is a member or is not.
         """
         raise self._not_implemented("group_discard")
 
     async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
         """Send ``message`` once to every member of ``group``, but for the channels in ``exclude``.
 
-        Never raises ``ChannelFull``: a member that is full misses the message, which is counted and logged. If cancelled,
-        nobody was sent anything.
+        Never raises ``ChannelFull``: a member that is full misses the message, which is counted and logged. A group without
+        members is no error. Raises ``TypeError`` and ``MessageTooLarge`` for what breaks the rules for names and messages, and
+        ``anyio.ClosedResourceError`` when closed.
+
+        If cancelled, all were sent it or nobody was.
         """
         raise self._not_implemented("group_send")
 
     async def group_channels(self, group: str) -> set[str]:
-        """Return the members of ``group`` as they are now."""
+        """Return the members of ``group`` as they are now; the empty set if there are none.
+
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled,
+        nothing has changed.
+        """
         raise self._not_implemented("group_channels")
 
     def statistics(self) -> ChannelLayerStatistics:
-        """Return a snapshot of what the layer holds and has done."""
+        """Return a snapshot of what the layer holds and has done; waits for nothing, also works when closed."""
         raise self._not_implemented("statistics")
 
     # The structured API
@@ -285,8 +298,9 @@ class BaseChannelLayer:
         ``MessagesLost`` from ``receive`` (``"raise"``). Whoever asks the whole group for what it missed should not do so
         at every gap: the answers may overflow the inbox again.
 
-        Leaving the block, also by an error or by cancellation, leaves all groups, ends the waits of the inbox's readers
-        with ``anyio.ClosedResourceError`` and throws away what was not read.
+        Raises ``TypeError`` or ``ValueError``, at once, for a name or an option that breaks the rules. Leaving the block, also by
+        an error or by cancellation, leaves all groups, ends the waits of the inbox's readers with ``anyio.ClosedResourceError``
+        and throws away what was not read.
         """
         for group in groups:
             self.require_valid_group_name(group)

@@ -95,7 +95,11 @@ class Inbox:
         return await self.receive()
 
     async def join(self, group: str) -> None:
-        """Become a member of ``group`` until ``leave`` or the end of the block. If cancelled, a member or not."""
+        """Become a member of ``group`` until ``leave`` or the end of the block; nothing happens if it is one.
+
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when the block was left or the
+        layer closed. If cancelled, a member or not; the end of the block leaves the group either way.
+        """
         if self._closed:
             raise ClosedResourceError
         self._layer.require_valid_group_name(group)
@@ -103,7 +107,10 @@ class Inbox:
         await self._layer.inbox_join(self.channel, group)
 
     async def leave(self, group: str) -> None:
-        """End the membership in ``group``; nothing happens if there is none. If cancelled, a member or not."""
+        """End the membership in ``group``; nothing happens if there is none.
+
+        Raises what ``join`` raises. If cancelled, a member or not; the end of the block leaves the group either way.
+        """
         if self._closed:
             raise ClosedResourceError
         await self._layer.inbox_leave(self.channel, group)
