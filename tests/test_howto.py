@@ -23,7 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from anyio_channels import BaseChannelLayer, ChannelFull, RedisChannelLayer, create_channel_layer
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 DOCS = ROOT / "docs"
 PYTHON = [sys.executable, "-P", "-W", "error"]
 
@@ -100,6 +100,11 @@ SERVERS = {
 }
 
 
+def visit(address: str) -> ClientConnection:
+    """Connect; a server on a busy machine takes its time to start."""
+    return connect(address, open_timeout=PATIENCE)
+
+
 def hear(client: ClientConnection) -> dict[str, str]:
     message: dict[str, str] = json.loads(client.recv(PATIENCE))
     return message
@@ -126,12 +131,12 @@ def test_rooms_and_notices(command: str, processes: int, server: RedisServer, tm
         with ExitStack() as stack:
             for name, listener, command_line in zip("ab", listeners, words, strict=False):
                 stack.enter_context(started(tmp_path, name, *command_line, fd=listener.fileno(), LAYER=layer))
-            with connect(f"ws://{addresses[0]}/ws") as ada, connect(f"ws://{addresses[-1]}/ws") as grace:
+            with visit(f"ws://{addresses[0]}/ws") as ada, visit(f"ws://{addresses[-1]}/ws") as grace:
                 ada.send("hi")
                 assert hear(grace) == {"type": "said", "text": "hi"}
                 post(addresses[0], "the kettle is on")
                 assert hear(ada) == hear(grace) == {"type": "notice", "text": "the kettle is on"}
-                gone = connect(f"ws://{addresses[0]}/ws")
+                gone = visit(f"ws://{addresses[0]}/ws")
                 with gone:
                     gone.socket.shutdown(socket.SHUT_RDWR)  # a client that vanishes
                 post(addresses[-1], "again")
@@ -147,8 +152,8 @@ def test_rooms_of_fastapi(command: str, tmp_path: Path) -> None:
         words = command.format(fd=listener.fileno()).replace("app:app", "shop:app").split()
         with (
             started(tmp_path, "shop", "-m", *words, fd=listener.fileno()),
-            connect(f"ws://{address}/ws/tea") as ada,
-            connect(f"ws://{address}/ws/tea") as grace,
+            visit(f"ws://{address}/ws/tea") as ada,
+            visit(f"ws://{address}/ws/tea") as grace,
         ):
             ada.send("hi")
             assert hear(grace) == {"type": "said", "text": "hi"}
@@ -174,8 +179,8 @@ def test_consumers_of_django_channels(server: RedisServer, tmp_path: Path) -> No
         words = ["-m", "uvicorn", "--fd", str(listener.fileno()), "asgi:application"]
         with (
             started(tmp_path, "django", *words, fd=listener.fileno(), LAYER=server.url),
-            connect(f"ws://{address}/ws") as ada,
-            connect(f"ws://{address}/ws") as grace,
+            visit(f"ws://{address}/ws") as ada,
+            visit(f"ws://{address}/ws") as grace,
         ):
             ada.send(json.dumps({"text": "hi"}))
             assert hear(ada) == hear(grace) == {"type": "chat.message", "text": "hi"}
