@@ -109,7 +109,20 @@ def run(block: Block, way: str, directory: Path, redis_url: str) -> None:
     if way == "pytest":
         path = directory / "test_block.py"
         path.write_text(text, encoding="utf-8")
-        arguments = ["-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]
+        arguments = [
+            "-m",
+            "pytest",
+            "-q",
+            "-W",
+            "error",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-p",
+            "no:asyncio",
+            str(path),
+        ]
     else:
         arguments = [str(Path(__file__).with_name("run_block.py")), block.page, str(block.line), way]
     result = subprocess.run(
