@@ -265,6 +265,11 @@ class BaseChannelLayer:
         """Return a snapshot of what the layer holds and has done."""
         raise self._not_implemented("statistics")
 
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server that the layer uses (its unix socket and ``None``); ``None`` for none or several."""
+        return None
+
     # The structured API
 
     def subscribe(
