@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ from anyio_channels import (
     RedisChannelLayer,
     RedisPubSubChannelLayer,
 )
-from anyio_channels.otel import CONTEXT_KEY, OpenTelemetryChannelLayer, message_context
+from anyio_channels.otel import _GROWING, _METRICS, CONTEXT_KEY, OpenTelemetryChannelLayer, message_context
 
 pytestmark = pytest.mark.anyio
 
@@ -546,6 +547,20 @@ async def test_a_layer_left_open(telemetry: Telemetry) -> None:
         gc.collect()
     assert gone() is None
     assert telemetry.metrics() == {}
+
+
+def test_the_table_of_metrics_is_the_code() -> None:
+    """The page lists each metric with its instrument, its unit and the statistics that it shows."""
+    page = (Path(__file__).parent.parent / "docs" / "observability.md").read_text()
+    rows = re.findall(r"^\| `(anyio_channels\.[a-z.]+)` \| ([a-z -]+) \| `([^`]+)` \| (.+) \|$", page, re.MULTILINE)
+    documented = {
+        name: (unit, instrument, tuple(re.findall(r"`(\w+)`", source.partition(", as")[0])))
+        for name, instrument, unit, source in rows
+    }
+    assert documented == {
+        name: (unit, "counter" if fields[0] in _GROWING else "up-down counter", fields)
+        for name, unit, _, fields in _METRICS
+    }
 
 
 # Opening and closing, and what it says of itself
