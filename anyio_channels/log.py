@@ -64,11 +64,11 @@ class _Quiet:
 
     __slots__ = ("count", "event", "fields", "since")
 
-    def __init__(self, event: LogEvent, since: float) -> None:
+    def __init__(self, event: LogEvent, since: float, fields: dict[str, Any]) -> None:
         self.event = event
         self.since = since
         self.count = 0
-        self.fields: dict[str, Any] = {}
+        self.fields = fields
 
 
 class Troubles:
@@ -85,7 +85,7 @@ class Troubles:
         self._quiet_for = quiet_for
         self._owner = owner
         self._lock = threading.Lock()
-        self._quiet: dict[tuple[str, object], _Quiet] = {}
+        self._quiet: dict[tuple[str, str], _Quiet] = {}
         self.due: float = math.inf
         """When there may be something to tell that nobody has told (seconds of the clock)."""
 
@@ -93,31 +93,50 @@ class Troubles:
         """How many subjects are remembered."""
         return len(self._quiet)
 
-    def note(self, event: LogEvent, count: int = 1, **fields: Any) -> bool:
-        """It happened ``count`` times; return whether that was told already."""
+    def note(self, event: LogEvent, subject: str = "", count: int = 1, **fields: Any) -> bool:
+        """It happened ``count`` times to ``subject``; return whether that was told already."""
+        key = (event.name, subject)
         now = self._clock()
         lines: list[_Line] = []
-        with self._lock:
-            key = (event.name, fields.get(event.subject))
+        self._lock.acquire()  # cheaper than a with statement: each broadcast to full members comes here
+        try:
             quiet = self._quiet.get(key)
-            if quiet is None and len(self._quiet) >= _MOST:
-                self._look(now, lines)
-                if event.subject and len(self._quiet) >= _MOST:
-                    fields[event.subject] = OTHERS
-                    key = (event.name, OTHERS)
-                    quiet = self._quiet.get(key)
-            if quiet is None or (not quiet.count and quiet.since + self._quiet_for <= now):
-                self._quiet[key] = _Quiet(event, now)
-                self.due = min(self.due, now + self._quiet_for)
-                lines.append((event, event.text, {**fields, "count": count, "seconds": 0.0}))
-                is_told = True
-            else:
+            if quiet is not None and now < self.due:
                 quiet.count += count
-                quiet.fields = fields
-                is_told = quiet.since + self._quiet_for <= now
+                if fields:
+                    quiet.fields.update(fields)
+                return False
+            is_told = self._note(event, key, count, fields, now, lines)
             self._look(now, lines)
+        finally:
+            self._lock.release()
         self._write(lines)
         return is_told
+
+    def _note(
+        self,
+        event: LogEvent,
+        key: tuple[str, str],
+        count: int,
+        fields: dict[str, Any],
+        now: float,
+        lines: list[_Line],
+    ) -> bool:
+        quiet = self._quiet.get(key)
+        if quiet is None and len(self._quiet) >= _MOST:
+            self._look(now, lines)
+            if event.subject and len(self._quiet) >= _MOST:
+                key = (event.name, OTHERS)
+                quiet = self._quiet.get(key)
+        if quiet is None or (not quiet.count and quiet.since + self._quiet_for <= now):
+            fields[event.subject] = key[1]
+            self._quiet[key] = _Quiet(event, now, fields)
+            self.due = min(self.due, now + self._quiet_for)
+            lines.append((event, event.text, {**fields, "count": count, "seconds": 0.0}))
+            return True
+        quiet.count += count
+        quiet.fields.update(fields)
+        return quiet.since + self._quiet_for <= now
 
     def look(self) -> bool:
         """Tell what is due; return whether there was anything."""

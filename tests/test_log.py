@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import pytest
@@ -122,18 +123,18 @@ def counts(lines: Lines) -> list[int]:
 def test_one_line_when_it_begins_and_one_when_it_is_over(lines: Lines, clock: Clock) -> None:
     """What comes in the quiet time is told with the next trouble after it, with a look, or at closing; counts add up."""
     troubles = Troubles(clock, 10, "the layer")
-    assert troubles.note(log.GROUP_SEND_DROPPED, 3, group="a")
+    assert troubles.note(log.GROUP_SEND_DROPPED, "a", 3)
     for _ in range(9999):
-        assert not troubles.note(log.GROUP_SEND_DROPPED, 3, group="a")
+        assert not troubles.note(log.GROUP_SEND_DROPPED, "a", 3)
     assert counts(lines) == [3]
     assert not troubles.look()
     clock.advance(10)
-    assert troubles.note(log.GROUP_SEND_DROPPED, 3, group="a")
+    assert troubles.note(log.GROUP_SEND_DROPPED, "a", 3)
     assert counts(lines) == [3, 30000]
     assert lines.of(log.GROUP_SEND_DROPPED)[1] == {
         "layer": "'the layer'", "group": "a", "count": 30000, "seconds": 10
     }  # fmt: skip
-    troubles.note(log.GROUP_SEND_DROPPED, 1, group="a")
+    troubles.note(log.GROUP_SEND_DROPPED, "a", 1)
     clock.advance(25)
     assert troubles.look()
     assert lines.records[-1].getMessage() == (
@@ -143,8 +144,8 @@ def test_one_line_when_it_begins_and_one_when_it_is_over(lines: Lines, clock: Cl
     assert not troubles.look()
     assert len(troubles) == 0
     assert troubles.due == float("inf")
-    troubles.note(log.GROUP_SEND_DROPPED, 1, group="a")
-    troubles.note(log.GROUP_SEND_DROPPED, 5, group="a")
+    troubles.note(log.GROUP_SEND_DROPPED, "a", 1)
+    troubles.note(log.GROUP_SEND_DROPPED, "a", 5)
     assert "more such are counted" in lines.records[-1].getMessage()
     troubles.close()
     troubles.close()
@@ -154,10 +155,10 @@ def test_one_line_when_it_begins_and_one_when_it_is_over(lines: Lines, clock: Cl
 def test_trouble_that_comes_back_begins_anew(lines: Lines, clock: Clock) -> None:
     """After a quiet time without any, the next is a first line again."""
     troubles = Troubles(clock, 10)
-    troubles.note(log.CHANNEL_DROPPED, channel="a")
-    troubles.note(log.CHANNEL_DROPPED, channel="b")
+    troubles.note(log.CHANNEL_DROPPED, "a")
+    troubles.note(log.CHANNEL_DROPPED, "b")
     clock.advance(11)
-    assert troubles.note(log.CHANNEL_DROPPED, channel="a")
+    assert troubles.note(log.CHANNEL_DROPPED, "a")
     assert counts(lines) == [1, 1, 1]
     assert len(troubles) == 1
 
@@ -166,7 +167,7 @@ def test_memory_is_bounded(lines: Lines, clock: Clock) -> None:
     """Beyond a hundred subjects in trouble they share one, which no name can be; nothing is uncounted."""
     troubles = Troubles(clock, 10)
     for number in range(1000):
-        troubles.note(log.CHANNEL_DROPPED, channel=f"a.{number}")
+        troubles.note(log.CHANNEL_DROPPED, f"a.{number}")
         troubles.note(log.POP_REFUSED, error="no")
     assert len(troubles) == 101
     assert len(lines.records) == 101
@@ -175,17 +176,17 @@ def test_memory_is_bounded(lines: Lines, clock: Clock) -> None:
     assert sum(line["count"] for line in lines.of(log.CHANNEL_DROPPED)) == 1000
     assert sum(line["count"] for line in lines.of(log.POP_REFUSED)) == 1000
     for number in range(100):
-        troubles.note(log.CHANNEL_DROPPED, channel=f"a.{number}")
+        troubles.note(log.CHANNEL_DROPPED, f"a.{number}")
     clock.advance(10)
-    troubles.note(log.CHANNEL_DROPPED, channel="b")  # there is room again
+    troubles.note(log.CHANNEL_DROPPED, "b")  # there is room again
     assert lines.of(log.CHANNEL_DROPPED)[-1]["channel"] == "b"
     assert len(troubles) == 1
     for number in range(99):
-        troubles.note(log.CHANNEL_DROPPED, channel=f"a.{number}")
+        troubles.note(log.CHANNEL_DROPPED, f"a.{number}")
     clock.advance(10)
     for number in range(99):
-        troubles.note(log.CHANNEL_DROPPED, channel=f"c.{number}")
-        troubles.note(log.CHANNEL_DROPPED, channel=f"c.{number}")
+        troubles.note(log.CHANNEL_DROPPED, f"c.{number}")
+        troubles.note(log.CHANNEL_DROPPED, f"c.{number}")
     troubles.note(log.POP_REFUSED, error="no")
     troubles.note(log.POP_REFUSED, error="no")
     assert len(troubles) == 100
@@ -197,7 +198,7 @@ def test_from_many_threads(lines: Lines, clock: Clock) -> None:
 
     def note() -> None:
         for number in range(1000):
-            troubles.note(log.CHANNEL_DROPPED, channel=f"a.{number % 3}")
+            troubles.note(log.CHANNEL_DROPPED, f"a.{number % 3}")
 
     threads = [threading.Thread(target=note) for _ in range(4)]
     for thread in threads:
@@ -460,7 +461,9 @@ def test_an_event_loop_that_fails(lines: Lines) -> None:
             await self.tasks.__aenter__()
             return await super().__aenter__()
 
-        async def __aexit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        async def __aexit__(
+            self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        ) -> None:
             await super().__aexit__(exc_type, exc, traceback)
             await self.tasks.__aexit__(exc_type, exc, traceback)
 

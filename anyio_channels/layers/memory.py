@@ -251,7 +251,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         finally:
             room.wake(rung)
         if missed:
-            self._troubles.note(GROUP_SEND_DROPPED, missed, group=group)
+            self._troubles.note(GROUP_SEND_DROPPED, group, missed)
         elif now >= self._troubles.due:
             self._troubles.look()
 

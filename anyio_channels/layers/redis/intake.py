@@ -138,7 +138,7 @@ class QueueIntake(RedisLayer):
         self._poppers[link] = self._notices if self._topology.clustered else Popper(self, link)
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
-        self._troubles.note(SUBSCRIPTION_REFUSED, key=name, error=said(error))
+        self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
 
     def _listening(self, name: str) -> None:
         """Redis confirmed that this process listens to a note: what was sent before is fetched."""
@@ -311,7 +311,7 @@ class QueueIntake(RedisLayer):
                 self.look_after(channel)
                 self._poppers[link].refused(error)
                 return
-            self._troubles.note(GIVE_BACK_FAILED, len(items), key=key, error=said(error))
+            self._troubles.note(GIVE_BACK_FAILED, key, len(items), error=said(error))
             self._room.books.sent += len(items)
             self._room.books.discarded += len(items)
 

@@ -465,10 +465,10 @@ class RedisLayer(BaseChannelLayer):
     def _drop_unreadable(self, where: str, why: object) -> None:
         """Count and log what is no message of ours."""
         self._unreadable += 1
-        self._troubles.note(MESSAGE_UNREADABLE, key=where, error=str(why))
+        self._troubles.note(MESSAGE_UNREADABLE, where, error=str(why))
 
     def _log_dropped(self, name: str) -> None:
-        self._troubles.note(CHANNEL_DROPPED, channel=name)
+        self._troubles.note(CHANNEL_DROPPED, name)
 
     def mark_outage(self, link: Link) -> None:
         """What the server of ``link`` owns may have missed something. For parts of the layer."""

@@ -370,7 +370,7 @@ class RedisPubSubChannelLayer(RedisLayer):
     # Subscriptions
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
-        self._troubles.note(SUBSCRIPTION_REFUSED, key=name, error=said(error))
+        self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
 
     def _up(self, link: Link) -> None:
         """What is wanted was restored already."""
@@ -437,7 +437,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             is_full = channel is not None and not self._arrive(channel, (expires_at, message), now, rung)
         self._room.wake(rung)
         if group is not None and missed:
-            self._troubles.note(GROUP_SEND_DROPPED, missed, group=group.name)
+            self._troubles.note(GROUP_SEND_DROPPED, group.name, missed)
         if is_full:
             self._log_dropped(name)
 

@@ -318,7 +318,7 @@ class RedisChannelLayer(QueueIntake):
     def _miss(self, group: str, missed: int) -> None:
         if missed:
             self._missed += missed
-            self._troubles.note(GROUP_SEND_DROPPED, missed, group=group)
+            self._troubles.note(GROUP_SEND_DROPPED, group, missed)
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now, in whatever process."""
