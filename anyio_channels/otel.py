@@ -32,12 +32,12 @@ try:
     from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
     from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, TracerProvider
     from opentelemetry.util.types import AttributeValue
-except ImportError as error:
-    raise ImportError("anyio_channels.otel needs an extra: pip install 'anyio_channels[otel]'") from error
+except ImportError as _error:
+    raise ImportError("anyio_channels.otel needs an extra: pip install 'anyio_channels[otel]'") from _error
 
 from . import __version__
 from .exceptions import MessageTooLarge
-from .layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow
+from .layers.base import MESSAGE_VARIABLES, BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow
 from .log import TELEMETRY_FAILED, Troubles
 
 __all__ = ["CONTEXT_KEY", "OpenTelemetryChannelLayer", "message_context"]
@@ -50,6 +50,7 @@ _PUBLIC: Final = frozenset({"anyio", "anyio_channels", "redis"})
 """Whose errors say nothing out of a message; but for ``TypeError``, which is nobody's."""
 _QUIET: Final = 60.0
 _message_context: ContextVar[Context | None] = ContextVar("anyio_channels_message_context", default=None)
+MESSAGE_VARIABLES.append(_message_context)
 
 
 def message_context() -> Context:
@@ -96,8 +97,13 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
             raise TypeError(f"layer must be a BaseChannelLayer, not {layer!r}")
         if not isinstance(name, str | None):
             raise TypeError(f"name must be a str, not {name!r}")
-        super().__init__(layer.expiry, layer.capacity, max_message_size=layer.max_message_size, default=layer.default)
-        self.channel_capacity = layer.channel_capacity
+        super().__init__(
+            layer.expiry,
+            layer.capacity,
+            dict(layer.channel_capacity),
+            max_message_size=layer.max_message_size,
+            default=layer.default,
+        )
         vars(self)["extensions"] = layer.extensions  # the specification has it on the class
         self.layer = layer
         self.name = type(layer).__name__ if name is None else name
@@ -276,18 +282,12 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
     def _trace_received(self, channel: str, carrier: object) -> Context:
         """Make the span of a message that came; return the context in which its trace goes on."""
         sent_in = _extract(carrier)
-        producer = trace.get_current_span(sent_in).get_span_context()
+        links = _links(sent_in)
         in_trace = trace.get_current_span().get_span_context().is_valid
-        span = self._start(
-            SpanKind.CONSUMER,
-            "receive",
-            "receive",
-            channel,
-            sent_in if producer.is_valid and not in_trace else None,
-            [Link(producer)] if producer.is_valid else [],
-        )
+        parent = sent_in if links and not in_trace else None
+        span = self._start(SpanKind.CONSUMER, "receive", "receive", channel, parent, links)
         span.end()
-        return sent_in if producer.is_valid and in_trace else trace.set_span_in_context(span, sent_in)
+        return sent_in if links and in_trace else trace.set_span_in_context(span, sent_in)
 
     def _receive_failed(self, channel: str, error: Exception) -> None:
         try:
@@ -359,13 +359,15 @@ class _Sending:
             layer._failed(error)  # noqa: SLF001 - a part of the layer
 
     def _begin(self, operation: str, destination: str) -> None:
-        custom = self._original.get(CONTEXT_KEY) if isinstance(self._original, dict) else None
-        producer = trace.get_current_span(_extract(custom)).get_span_context()
-        links = [Link(producer)] if producer.is_valid else []
+        is_message = isinstance(self._original, dict)
+        custom = self._original.get(CONTEXT_KEY) if is_message else None
+        links = [] if custom is None else _links(_extract(custom))
         self._span = self._layer._start(SpanKind.PRODUCER, operation, "send", destination, None, links)  # noqa: SLF001
-        context = trace.set_span_in_context(self._span)
-        self._token = otel_context.attach(context)
-        if custom is None and isinstance(self._original, dict):
+        context = otel_context.get_current()
+        if self._span.get_span_context().is_valid:
+            context = trace.set_span_in_context(self._span, context)
+            self._token = otel_context.attach(context)
+        if context and is_message and custom is None:
             carrier: dict[str, str] = {}
             propagate.inject(carrier, context)
             if carrier:
@@ -400,6 +402,12 @@ def _extract(carrier: object) -> Context:
         return Context()
     pairs = {key: value for key, value in carrier.items() if isinstance(key, str) and isinstance(value, str)}
     return propagate.extract(pairs, Context())
+
+
+def _links(context: Context) -> list[Link]:
+    """Return a link to the span that a message was sent in, if there was one."""
+    producer = trace.get_current_span(context).get_span_context() if context else trace.INVALID_SPAN_CONTEXT
+    return [Link(producer)] if producer.is_valid else []
 
 
 def _mark(span: Span, error: BaseException) -> None:

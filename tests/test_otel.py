@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from anyio_channels import (
     RedisPubSubChannelLayer,
 )
 from anyio_channels.otel import _GROWING, _METRICS, CONTEXT_KEY, OpenTelemetryChannelLayer, message_context
+from anyio_channels.sync import SyncChannelLayer
 
 pytestmark = pytest.mark.anyio
 
@@ -147,6 +149,23 @@ async def test_the_context_of_a_message(telemetry: Telemetry, traced_layer: Open
     sent, received, handle = telemetry.spans()
     assert ids(sent)[0] == ids(handle)[0]
     assert parent(handle) == ids(received)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_synchronous_code(backend: str, telemetry: Telemetry) -> None:
+    """A thread's current span is the parent of what it sends, and message_context() is that of what it received."""
+    with SyncChannelLayer(telemetry.wrap(InMemoryChannelLayer()), backend=backend) as layer:
+        with layer.subscribe("room") as inbox, telemetry.tracer.start_as_current_span("request"):
+            layer.send("jobs", {"n": 1})
+            layer.group_send("room", {"n": 2})
+            for receive in (partial(layer.receive, "jobs"), inbox.receive):
+                receive()
+                with telemetry.tracer.start_as_current_span("handle", message_context()):
+                    pass
+    sent, broadcast, _, first, _, second, request = telemetry.spans()
+    assert parent(sent) == parent(broadcast) == ids(request)
+    assert parent(first) == ids(sent)
+    assert parent(second) == ids(broadcast)
 
 
 async def test_the_context_of_no_message(telemetry: Telemetry, traced_layer: OpenTelemetryChannelLayer) -> None:
@@ -650,6 +669,7 @@ def test_which_server() -> None:
     assert RedisChannelLayer(["redis://one:1"], cluster=True).server is None
     assert RedisChannelLayer([{"sentinels": [("one", 1)], "master_name": "main"}]).server is None
     assert BaseChannelLayer().server is None
+    assert SyncChannelLayer(RedisChannelLayer([("one", 1)])).server == ("one", 1)
     span = Telemetry()
     layer = span.wrap(RedisChannelLayer(["unix:///run/redis.sock"]))
     assert layer.server == ("/run/redis.sock", None)
