@@ -287,7 +287,11 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
         parent = sent_in if links and not in_trace else None
         span = self._start(SpanKind.CONSUMER, "receive", "receive", channel, parent, links)
         span.end()
-        return sent_in if links and in_trace else trace.set_span_in_context(span, sent_in)
+        if (
+            links and in_trace
+        ) or not span.get_span_context().is_valid:  # some tracers that do nothing forget the parent
+            return sent_in
+        return trace.set_span_in_context(span, sent_in)
 
     def _receive_failed(self, channel: str, error: Exception) -> None:
         try:

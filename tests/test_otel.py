@@ -261,6 +261,10 @@ async def test_the_api_alone(layer: InMemoryChannelLayer) -> None:
         await plain.send("next", {})
         otel_context.detach(token)
         assert layer.receive_nowait("next") == {CONTEXT_KEY: carrier}
+        token = otel_context.attach(otel_context.set_value("something", "of this process"))
+        await plain.send("last", {"n": 2})
+        otel_context.detach(token)
+        assert layer.receive_nowait("last") == {"n": 2}
 
 
 async def test_without_an_event_loop_s_help(telemetry: Telemetry, traced_layer: OpenTelemetryChannelLayer) -> None:
