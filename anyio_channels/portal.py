@@ -18,7 +18,6 @@ Rules:
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import os
 import threading
@@ -42,11 +41,11 @@ from anyio import (
 from anyio.abc import TaskGroup
 from anyio.lowlevel import EventLoopToken, current_token
 
+from .log import EVENT_LOOP_FAILED, said
+
 __all__ = ["Portal", "refuse_in_loop"]
 
 T = TypeVar("T")
-
-_logger: Final = logging.getLogger("anyio_channels")
 
 _OPENING: Final = "opening"
 _OPEN: Final = "open"
@@ -319,10 +318,10 @@ class _Life:
     def _run(self, run_main: Callable[[Callable[[], Awaitable[None]]], None]) -> None:
         try:
             run_main(self._main)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is logged, and raised in the thread that opens or closes
             self._error = error  # for the thread that opens or closes
             if self.was_open and not self.is_closed:
-                _logger.exception("%s: its event loop ended with an error", self.name)
+                EVENT_LOOP_FAILED.write(name=self.name, error=said(error), exc_info=error)
         with self._lock:
             self.state = _ENDED
         for future in tuple(self._pending):  # handed over too late to begin

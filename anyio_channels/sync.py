@@ -18,7 +18,15 @@ from typing import Any, ClassVar, Self, TypeVar
 from anyio import CancelScope, ClosedResourceError, Event, move_on_after
 
 from .exceptions import ChannelFull, MessageTooLarge
-from .layers.base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
+from .layers.base import (
+    MESSAGE_VARIABLES,
+    BaseChannelLayer,
+    ChannelLayerStatistics,
+    Message,
+    OnGap,
+    Overflow,
+    require_seconds,
+)
 from .layers.inbox import Inbox
 from .portal import Portal
 
@@ -112,7 +120,8 @@ class SyncChannelLayer:
         ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
         """
         what = f"no message came on channel {channel!r}"
-        return self._call("receive()", _within, timeout, what, partial(self.layer.receive, channel))
+        receive = partial(self.layer.receive, channel)
+        return _with_variables(self._call("receive()", _receive_within, timeout, what, receive))
 
     def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
@@ -204,6 +213,11 @@ class SyncChannelLayer:
         """Return ``name`` up to and including its ``!``, or all of it if it has none."""
         return self.layer.non_local_name(name)
 
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server that the layer uses (its unix socket and ``None``); ``None`` for none or several."""
+        return self.layer.server
+
     def _call(self, method: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
         return self._portal.call(f"SyncChannelLayer.{method}", function, *args)
 
@@ -281,7 +295,8 @@ class SyncInbox:
         ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
         """
         what = f"no message came on channel {self.channel!r}"
-        return self._call("subscribe().receive()", _within, timeout, what, self._inbox.receive)
+        receive = self._inbox.receive
+        return _with_variables(self._call("subscribe().receive()", _receive_within, timeout, what, receive))
 
     def __iter__(self) -> Self:
         """Iterate over the messages as they come; never ends by itself."""
@@ -310,3 +325,19 @@ async def _within(seconds: float | None, what: str, function: Callable[[], Await
     with move_on_after(seconds):
         return await function()
     raise TimeoutError(f"{what} within {seconds} s")
+
+
+async def _receive_within(
+    seconds: float | None, what: str, receive: Callable[[], Awaitable[Message]]
+) -> tuple[Message, list[Any]]:
+    """Receive as ``_within``; return what the task was told about the message, too."""
+    message = await _within(seconds, what, receive)
+    return message, [variable.get(None) for variable in MESSAGE_VARIABLES]
+
+
+def _with_variables(received: tuple[Message, list[Any]]) -> Message:
+    """Return the message, and let this thread know what the task was told about it."""
+    message, values = received
+    for variable, value in zip(MESSAGE_VARIABLES, values, strict=False):  # there may be one more by now
+        variable.set(value)
+    return message

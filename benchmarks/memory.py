@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -40,13 +41,24 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "trio": ("trio", {}),
 }
 OURS = "anyio_channels"
-PACKAGES = ("anyio_channels", "channels", "fast-channels", "anyio", "trio", "uvloop", "ormsgpack")
+API = "with OpenTelemetry's API"
+SDK = "with its SDK"
+PACKAGES = (
+    "anyio_channels", "channels", "fast-channels", "anyio", "trio", "uvloop", "ormsgpack", "opentelemetry-api",
+    "opentelemetry-sdk",
+)  # fmt: skip
 
 
 def make_layer(kind: str, **options: Any) -> Any:
     """Make a layer of ours or of a peer."""
     if kind == OURS:
         return InMemoryChannelLayer(**options)
+    if kind in (API, SDK):
+        from anyio_channels.otel import OpenTelemetryChannelLayer
+
+        return OpenTelemetryChannelLayer(
+            InMemoryChannelLayer(**options), tracer_provider=sdk_provider() if kind == SDK else None
+        )
     if kind == "channels":
         from django.conf import settings
 
@@ -56,6 +68,21 @@ def make_layer(kind: str, **options: Any) -> Any:
     else:
         from fast_channels.layers import InMemoryChannelLayer as Peer
     return Peer(**options)
+
+
+@functools.cache
+def sdk_provider() -> Any:
+    """OpenTelemetry as an application sets it up, with an exporter that throws everything away."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:  # noqa: ARG002 - nowhere
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+    return provider
 
 
 async def make_group(layer: Any) -> list[str]:
@@ -156,6 +183,11 @@ ROWS = [
     Row("send + receive beside 100 filled channels", among_100, peers=()),
     Row("send + receive beside 100,000 filled channels", among_100_000, peers=()),
 ]
+OTEL_ROWS = [
+    Row("send + receive, one task", pairs_alone, peers=(API, SDK)),
+    Row("group_send to 1,000 members, then each is received", received_in_turn, peers=(API, SDK)),
+    Row("group_send to 1,000 members alone", broadcast_alone, peers=(API, SDK)),
+]
 
 
 def measure(rounds: int) -> None:
@@ -168,6 +200,9 @@ def measure(rounds: int) -> None:
                 for kind in (OURS, *(row.peers if name == "asyncio" else ())):
                     seconds = anyio.run(row.run, make_layer(kind), backend=name, backend_options=options)
                     row.note(backend, kind, seconds)
+            for row in OTEL_ROWS:
+                for kind in (OURS, API, SDK):
+                    row.note(backend, kind, anyio.run(row.run, make_layer(kind), backend=name, backend_options=options))
         print(f"\rround {number + 1} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
@@ -248,6 +283,10 @@ def report(figures: dict[str, float], rounds: int) -> dict[str, Any]:
             row.title: {f"{kind} on {backend}": round(best * 1e6, 3) for (backend, kind), best in row.best.items()}
             for row in ROWS
         },
+        "microseconds with OpenTelemetry": {
+            row.title: {f"{kind} on {backend}": round(best * 1e6, 3) for (backend, kind), best in row.best.items()}
+            for row in OTEL_ROWS
+        },
         "megabytes": {title: round(megabytes, 1) for title, megabytes in figures.items()},
     }
 
@@ -276,6 +315,19 @@ def print_table(figures: dict[str, float]) -> None:
     )
     for title, megabytes in figures.items():
         print(f"{title:48} {megabytes:8.1f}")
+    print_otel_table()
+
+
+def print_otel_table() -> None:
+    """Print what OpenTelemetry around our layer costs."""
+    print(f"\n{'microseconds, as above':56} {'backend':8} {'ours':>8} {API:>26} {SDK:>22}")
+    for row in OTEL_ROWS:
+        for backend in BACKENDS:
+            ours, api, sdk = (row.best[backend, kind] * 1e6 for kind in (OURS, API, SDK))
+            title = row.title if backend == "asyncio" else ""
+            print(
+                f"{title:56} {backend:8} {ours:8.2f} {api:17.2f} = {api / ours:5.2f}x {sdk:13.2f} = {sdk / ours:5.2f}x"
+            )
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import anyio_channels
 PACKAGE = Path(anyio_channels.__file__).parent
 ALLOWED = {
     "exceptions": set(),
+    "log": set(),
     "layers.codec": {"exceptions", "ormsgpack", "cryptography"},
     "layers.expiry": set(),
     "layers.backend": {"anyio"},
@@ -23,10 +24,11 @@ ALLOWED = {
     "layers.local": {"exceptions", "layers.base", "layers.expiry", "layers.mailbox"},
     "layers.memory": {
         "anyio", "exceptions", "layers.base", "layers.backend", "layers.codec", "layers.local", "layers.mailbox",
+        "log",
     },
     "layers.redis.connection": {"anyio", "hiredis", "layers.backend", "redis"},
     "layers.redis.endpoint": {"anyio", "layers.redis.connection", "redis"},
-    "layers.redis.link": {"anyio", "layers.redis.connection", "redis"},
+    "layers.redis.link": {"anyio", "layers.redis.connection", "log", "redis"},
     "layers.redis.sentinel": {"anyio", "layers.redis.connection", "layers.redis.endpoint", "layers.redis.link", "redis"},
     "layers.redis.topology": {"layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel", "redis"},
     "layers.redis.cluster": {
@@ -37,7 +39,7 @@ ALLOWED = {
     "layers.redis.layer": {
         "anyio", "redis", "layers.backend", "layers.base", "layers.codec", "layers.local", "layers.mailbox",
         "layers.redis.cluster", "layers.redis.endpoint", "layers.redis.link", "layers.redis.sentinel",
-        "layers.redis.topology",
+        "layers.redis.topology", "log",
     },
     # These two are parts of the layer, which they know by its type only.
     "layers.redis.pop": {
@@ -50,26 +52,28 @@ ALLOWED = {
     "layers.redis.intake": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
         "layers.redis.layer", "layers.redis.link", "layers.redis.notices", "layers.redis.pop", "layers.redis.scripts",
-        "layers.redis.subscriptions",
+        "layers.redis.subscriptions", "log",
     },
     "layers.redis.queue": {
         "anyio", "exceptions", "redis", "layers.base", "layers.codec", "layers.mailbox", "layers.redis.connection",
         "layers.redis.endpoint", "layers.redis.intake", "layers.redis.layer", "layers.redis.link", "layers.redis.scripts",
+        "log",
     },
     "layers.redis.pubsub": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
         "layers.redis.endpoint", "layers.redis.layer", "layers.redis.link", "layers.redis.subscriptions",
-        "layers.redis.twice",
+        "layers.redis.twice", "log",
     },
     "layers.redis.twice": set(),
     "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
-    "portal": {"anyio"},
+    "otel": {"anyio", "exceptions", "layers.base", "log", "opentelemetry"},
+    "portal": {"anyio", "log"},
     "sync": {"anyio", "exceptions", "layers.base", "layers.inbox", "portal"},
     "wsgi.translate": set(),
     "wsgi.body": {"anyio", "wsgi.translate"},
-    "wsgi.lifespan": {"anyio", "wsgi.translate"},
+    "wsgi.lifespan": {"anyio", "log", "wsgi.translate"},
     "wsgi.to_asgi": {"anyio", "layers.base", "wsgi.body", "wsgi.translate"},
-    "wsgi.to_wsgi": {"anyio", "layers.base", "portal", "wsgi.lifespan", "wsgi.translate"},
+    "wsgi.to_wsgi": {"anyio", "layers.base", "log", "portal", "wsgi.lifespan", "wsgi.translate"},
     "testing.checks": {"anyio", "exceptions", "layers.base"},
     "testing.machine": {"anyio", "exceptions", "hypothesis", "layers.base", "layers.inbox", "testing.checks"},
 }  # fmt: skip
@@ -120,6 +124,7 @@ def test_importing_the_package_needs_no_extra() -> None:
         "cryptography",
         "trio",
         "hypothesis",
+        "opentelemetry",
         "click",
         "starlette",
         "anycorn",

@@ -369,6 +369,7 @@ def test_an_error_after_the_response(serve: Serve, caplog: pytest.LogCaptureFixt
         assert ended.wait(PATIENCE)
     assert "an error after its response" in caplog.text
     assert "KeyError: 'after'" in caplog.text
+    assert "app.failed_after_response" in [record.__dict__["anyio_channels_event"] for record in caplog.records]
 
 
 async def sends_nothing(receive: Receive, send: Send) -> None:
@@ -632,6 +633,7 @@ def test_what_fails_while_a_request_is_closed(serve: Serve, caplog: pytest.LogCa
         assert waits.wait(PATIENCE)
         chunks.close()
     assert "KeyError: 'cleaning up'" in caplog.text
+    assert "app.failed_at_close" in [record.__dict__["anyio_channels_event"] for record in caplog.records]
 
 
 def test_a_request_while_another_thread_opens(serve: Serve) -> None:
@@ -774,10 +776,12 @@ def test_a_lifespan_that_raises(serve: Serve, caplog: pytest.LogCaptureFixture) 
     with serve(lifespan_app(events, raises_at="startup")) as app:
         assert ask(app).body == b"value"
     assert "does not support the lifespan protocol" in caplog.text
+    assert [record.__dict__["anyio_channels_event"] for record in caplog.records] == ["lifespan.unsupported"]
     caplog.clear()
     with serve(lifespan_app(events, raises_at="shutdown")):
         pass
     assert "an error in its lifespan" in caplog.text
+    assert [record.__dict__["anyio_channels_event"] for record in caplog.records] == ["lifespan.failed"]
 
 
 def test_closing_cancels_the_requests(serve: Serve) -> None:

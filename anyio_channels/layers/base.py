@@ -14,6 +14,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
@@ -33,6 +34,8 @@ Overflow: TypeAlias = Literal["drop_new", "drop_old"]
 """What a full inbox does with the next broadcast."""
 OnGap: TypeAlias = Literal["ignore", "event", "raise"]
 """What an inbox that missed messages gets in their place."""
+MESSAGE_VARIABLES: Final[list[ContextVar[Any]]] = []
+"""Context variables that ``receive`` sets in the receiving task; ``SyncChannelLayer`` takes them along to its caller's thread."""
 
 _NAME: Final = "[a-zA-Z0-9._-]+"
 
@@ -277,6 +280,11 @@ class BaseChannelLayer:
     def statistics(self) -> ChannelLayerStatistics:
         """Return a snapshot of what the layer holds and has done; waits for nothing, also works when closed."""
         raise self._not_implemented("statistics")
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server that the layer uses (its unix socket and ``None``); ``None`` for none or several."""
+        return None
 
     # The structured API
 

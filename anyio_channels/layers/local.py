@@ -9,8 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
@@ -23,7 +21,6 @@ from .mailbox import Gap, Mailbox, Mailroom, Waiter
 
 __all__ = ["Channel", "Directory", "Group"]
 
-_logger: Final = logging.getLogger("anyio_channels")
 _SLACK: Final = 1024
 
 
@@ -89,7 +86,7 @@ class Channel(Mailbox[Any]):
 class Group(Expirable):
     """The members of a group, and when the memberships that can expire do."""
 
-    __slots__ = ("directory", "expiries", "members", "name", "quiet_until")
+    __slots__ = ("directory", "expiries", "members", "name")
 
     def __init__(self, directory: Directory, name: str) -> None:
         """Start without members."""
@@ -98,7 +95,6 @@ class Group(Expirable):
         self.members: dict[str, Channel] = {}
         # The earliest first: joining again moves to the end. A plain dict is slow to give its first key after many deletions.
         self.expiries: OrderedDict[str, float] = OrderedDict()
-        self.quiet_until: float = -math.inf
         self.listed = False
 
     @property
@@ -251,17 +247,6 @@ class Directory:
     def end_group(self, group: Group) -> None:
         """``group`` has no members any more."""
         self.groups.pop(group.name, None)
-
-    def log_missed(self, group: Group | None, missed: int, now: float, quiet_for: float) -> None:
-        """Log that members were full, once per group and ``quiet_for`` seconds; without the lock."""
-        if missed and group is not None and now >= group.quiet_until:
-            group.quiet_until = now + quiet_for
-            _logger.warning(
-                "group %r: %d of its members were full and missed a message; in the next %s s more such are only counted",
-                group.name,
-                missed,
-                quiet_for,
-            )
 
     def _trim_if_grown(self) -> None:
         if len(self.channels) >= self._trim_at:

@@ -4,7 +4,7 @@ Rules:
 - every decision is in a plain function, callable from any thread; the async methods check for cancellation, call it,
   and wait only in the mailbox.
 - a message is encoded once, however many members it goes to; each receiver decodes its own copy.
-- broadcasts that find members full are logged once per group and ``expiry`` seconds, and always counted.
+- broadcasts that find members full are always counted, and logged once per group and ``expiry`` seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Final
 from anyio import ClosedResourceError, WouldBlock
 
 from anyio_channels.exceptions import ChannelFull
+from anyio_channels.log import GROUP_SEND_DROPPED, Troubles
 
 from .backend import CANCELLED, thread
 from .base import BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow, require_seconds
@@ -67,6 +68,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
         self._decode = codec.decode
         self._room = Mailroom(clock)
         self._here = Directory(self._room, self.get_capacity)
+        self._troubles = Troubles(clock, self.expiry, self)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -88,6 +90,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
             self._closed = True
             self._here.close(rung)
         self._room.wake(rung)
+        self._troubles.close()
 
     # Messages
 
@@ -247,7 +250,10 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 missed = 0 if target is None else target.deliver((now + self.expiry, data), excluded, now, rung)
         finally:
             room.wake(rung)
-        self._here.log_missed(target, missed, now, self.expiry)
+        if missed:
+            self._troubles.note(GROUP_SEND_DROPPED, group, missed)
+        elif now >= self._troubles.due:
+            self._troubles.look()
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now."""
@@ -282,6 +288,7 @@ class InMemoryChannelLayer(BaseChannelLayer):
                 discarded=books.discarded,
             )
         room.wake(rung)
+        self._troubles.look()
         return snapshot
 
     # Inboxes

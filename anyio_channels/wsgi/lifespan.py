@@ -7,18 +7,17 @@ Rules (https://asgi.readthedocs.io/en/latest/specs/lifespan.html):
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 from anyio import CancelScope, Event, create_task_group, sleep_forever
+
+from anyio_channels.log import LIFESPAN_FAILED, LIFESPAN_UNSUPPORTED, said
 
 from .translate import AsgiApplication, Message
 
 __all__ = ["lifespan"]
-
-_logger: Final = logging.getLogger("anyio_channels")
 
 
 @asynccontextmanager
@@ -59,11 +58,9 @@ class _Conversation:
         """Call the application; what it raises is logged."""
         try:
             await self._app(self._scope, self._receive, self._send)
-        except Exception:
-            if self._answered["startup"].is_set():
-                _logger.exception("%r: an error in its lifespan", self._app)
-            else:
-                _logger.info("%r does not support the lifespan protocol", self._app, exc_info=True)
+        except Exception as error:  # noqa: BLE001 - it is logged, with its traceback
+            event = LIFESPAN_FAILED if self._answered["startup"].is_set() else LIFESPAN_UNSUPPORTED
+            event.write(app=repr(self._app), error=said(error), exc_info=error)
         finally:
             for answered in self._answered.values():
                 answered.set()

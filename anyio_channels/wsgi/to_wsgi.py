@@ -11,7 +11,6 @@ Rules (PEP 3333, and https://asgi.readthedocs.io/en/latest/specs/www.html):
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -26,14 +25,13 @@ from anyio import ClosedResourceError, Event, current_effective_deadline, get_ca
 from anyio.lowlevel import checkpoint
 
 from anyio_channels.layers.base import require_count
+from anyio_channels.log import APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, said
 from anyio_channels.portal import Portal
 
 from .lifespan import lifespan
 from .translate import AsgiApplication, Message, StartResponse, scope_of, start_of
 
 __all__ = ["AsgiToWsgi"]
-
-_logger: Final = logging.getLogger("anyio_channels")
 
 _AT_ONCE: Final = 64 * 1024
 """A body of this size is read before the application is called."""
@@ -221,7 +219,7 @@ class _Exchange:
             self._inbox.put(_END)  # another thread may wait for it as well
             error, self._error = self._error, None
             if error is not None and not isinstance(error, ClosedResourceError):
-                _logger.error("%r: an error in a request that was closed", self._app, exc_info=error)
+                APP_FAILED_AT_CLOSE.write(app=repr(self._app), error=said(error), exc_info=error)
 
     def _next_message(self) -> Message | None:
         """Do what the application asks of this thread, until it sends something; return that, or ``None`` at its end."""
@@ -280,7 +278,7 @@ class _Exchange:
             raise
         except BaseException as error:
             if self._is_sent:
-                _logger.exception("%r: an error after its response", self._app)
+                APP_FAILED_AFTER_RESPONSE.write(app=repr(self._app), error=said(error), exc_info=error)
             self._error = error
             if not isinstance(error, Exception):
                 raise

@@ -23,6 +23,7 @@ from anyio_channels.layers.base import Message
 from anyio_channels.layers.codec import RESERVED_KEY, Unreadable
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Waiter
+from anyio_channels.log import GIVE_BACK_FAILED, POP_REFUSED, SUBSCRIPTION_REFUSED, said
 
 from .connection import ConnectionLost, Request
 from .layer import RedisLayer
@@ -137,7 +138,7 @@ class QueueIntake(RedisLayer):
         self._poppers[link] = self._notices if self._topology.clustered else Popper(self, link)
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
-        self._log_once(f"listen {name}", "%s; readers wait in vain for what is told on %r", error, name)
+        self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
 
     def _listening(self, name: str) -> None:
         """Redis confirmed that this process listens to a note: what was sent before is fetched."""
@@ -310,7 +311,7 @@ class QueueIntake(RedisLayer):
                 self.look_after(channel)
                 self._poppers[link].refused(error)
                 return
-            self._log_once(f"give back {key}", "%d messages of %r could not be given back: %s", len(items), key, error)
+            self._troubles.note(GIVE_BACK_FAILED, key, len(items), error=said(error))
             self._room.books.sent += len(items)
             self._room.books.discarded += len(items)
 
@@ -334,7 +335,7 @@ class QueueIntake(RedisLayer):
 
     def log_pop_refused(self, error: Exception) -> None:
         """Log that a server does not pop. For parts of the layer."""
-        self._log_once("pop", "%s; readers go on waiting", error)
+        self._troubles.note(POP_REFUSED, error=said(error))
 
     def put_own(self, key: str, start: str, entry: bytes, score: float, server_time: float) -> None:
         """A message for channels of this process came, whose names begin with ``start``. For parts of the layer."""

@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 from abc import abstractmethod
@@ -19,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import redis.exceptions
 from anyio import CancelScope, ClosedResourceError, Event, create_task_group, move_on_after, sleep
@@ -30,6 +29,7 @@ from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics,
 from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
+from anyio_channels.log import CHANNEL_DROPPED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, MESSAGE_UNREADABLE, Troubles, said
 
 from .cluster import Cluster
 from .endpoint import Host
@@ -38,8 +38,6 @@ from .sentinel import Sentinels
 from .topology import Topology
 
 __all__ = ["RedisLayer", "RedisLayerStatistics"]
-
-logger: Final[logging.Logger] = logging.getLogger("anyio_channels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +111,10 @@ class RedisLayer(BaseChannelLayer):
         self._topology = Cluster(hosts) if cluster else Topology(hosts)
         self.cluster: bool = cluster
         self._clock = clock
+        self._troubles = Troubles(clock, self.expiry, self)
         self._is_open = False
         self._was_closed = False
+        self._thread = get_ident()
         self._reset()
 
     def _reset(self) -> None:
@@ -125,7 +125,6 @@ class RedisLayer(BaseChannelLayer):
         self._sent = 0
         self._unreadable = 0
         self._missed = 0
-        self._quiet: dict[str, float] = {}
         self._links: list[Link] = []
 
     def __repr__(self) -> str:
@@ -134,6 +133,14 @@ class RedisLayer(BaseChannelLayer):
             f"<{type(self).__name__} {self._topology.name} prefix={self.prefix!r} expiry={self.expiry} "
             f"capacity={self.capacity}>"
         )
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
+        endpoint = self._topology.endpoints[0]
+        if self.cluster or len(self._topology.endpoints) > 1 or isinstance(endpoint, Sentinels):
+            return None
+        return (endpoint.host, endpoint.port) if endpoint.path is None else (endpoint.path, None)
 
     # What the two layers make of it
 
@@ -262,6 +269,7 @@ class RedisLayer(BaseChannelLayer):
         finally:
             with CancelScope(shield=True):
                 await self._stop()
+            self._troubles.close()
 
     async def _at_each(self, call: Callable[[Link], Awaitable[None]], links: Sequence[Link]) -> None:
         """Await ``call`` for each of ``links``, at the same time; when all have ended, raise the first error."""
@@ -287,7 +295,7 @@ class RedisLayer(BaseChannelLayer):
             if link.connection is not None:
                 await self._wind_up(link)
         except redis.exceptions.RedisError as error:
-            logger.warning("%s; closed without telling it", error)
+            CLOSE_UNFINISHED.write(layer=repr(self), server=link.name, error=said(error))
 
     async def _stop(self) -> None:
         self._scope.cancel()
@@ -329,7 +337,7 @@ class RedisLayer(BaseChannelLayer):
                 try:
                     await self._tick(link)
                 except redis.exceptions.RedisError as error:
-                    logger.debug("%s: keep-alive failed: %s", link.name, error)
+                    KEEP_ALIVE_FAILED.write(layer=repr(self), server=link.name, error=said(error))
 
     async def _follow(self, sentinels: Sentinels) -> None:
         """Hear of it when there is another primary, and go there."""
@@ -380,6 +388,7 @@ class RedisLayer(BaseChannelLayer):
         with self._room:
             self._room.index.sweep(self._clock(), rung, limit)
         self._room.wake(rung)
+        self._troubles.look()
 
     def _open_inbox(self, name: str, capacity: int | None, overflow: Any, on_gap: Any) -> None:
         with self._room:
@@ -453,22 +462,13 @@ class RedisLayer(BaseChannelLayer):
         channel.miss(rung)
         return False
 
-    def _log_once(self, about: str, text: str, *args: object) -> None:
-        """Log a warning, at most once in ``expiry`` seconds about the same thing."""
-        now = self._clock()
-        if self._quiet.get(about, now) <= now:
-            if len(self._quiet) > _MOST_QUIET:
-                self._quiet = {name: until for name, until in self._quiet.items() if until > now}
-            self._quiet[about] = now + self.expiry
-            logger.warning(f"{text}; in the next %s s more such are only counted", *args, self.expiry)  # noqa: G004 - a format
-
     def _drop_unreadable(self, where: str, why: object) -> None:
         """Count and log what is no message of ours."""
         self._unreadable += 1
-        self._log_once(f"unreadable {where}", "skipped what is no message of ours on %r: %s", where, why)
+        self._troubles.note(MESSAGE_UNREADABLE, where, error=str(why))
 
     def _log_dropped(self, name: str) -> None:
-        self._log_once(f"full {name}", "channel %r was full and missed a message", name)
+        self._troubles.note(CHANNEL_DROPPED, name)
 
     def mark_outage(self, link: Link) -> None:
         """What the server of ``link`` owns may have missed something. For parts of the layer."""
@@ -485,8 +485,10 @@ class RedisLayer(BaseChannelLayer):
 
     def _statistics(self, sent: int, expired_elsewhere: int = 0) -> RedisLayerStatistics:
         rung: list[Waiter] = []
+        is_home = get_ident() == self._thread
         with self._room:
-            self._room.index.sweep(self._clock(), rung, float("inf"))
+            if is_home:  # what expires here may have to be told to Redis, which only this thread can
+                self._room.index.sweep(self._clock(), rung, float("inf"))
             books: Books = self._room.books
             snapshot = RedisLayerStatistics(
                 channels=books.occupied + self._here.inboxes,
@@ -505,7 +507,5 @@ class RedisLayer(BaseChannelLayer):
                 commands=sum(link.commands for link in self._links),
             )
         self._room.wake(rung)
+        self._troubles.look()
         return snapshot
-
-
-_MOST_QUIET: Final = 1000

@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,11 +23,12 @@ from anyio import CancelScope, Event, create_task_group, fail_after, move_on_aft
 from anyio.abc import ByteStream
 from redis.backoff import ExponentialWithJitterBackoff
 
+from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
+
 from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
 
 __all__ = ["Link", "LinkRetired", "Script", "Server"]
 
-_logger: Final = logging.getLogger("anyio_channels")
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 _PASSING: Final = (
     redis.exceptions.BusyLoadingError,
@@ -39,6 +39,8 @@ _PASSING: Final = (
 """Refusals that waiting cures."""
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
+_QUIET: Final = 10.0
+"""Seconds in which a connection that is lost again and again is logged once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ class Link:
         self._news = Event()
         self._hurry = Event()
         self._past_commands = 0
+        self._troubles = Troubles(time.monotonic, _QUIET)
+        self._is_told = False  # that it is down
 
     @property
     def name(self) -> str:
@@ -144,8 +148,11 @@ class Link:
 
     async def run(self) -> None:
         """Keep the connection up until cancelled or retired."""
-        with self._scope:
-            await self._run()
+        try:
+            with self._scope:
+                await self._run()
+        finally:
+            self._troubles.close()
 
     async def retire(self) -> None:
         """End the connection when all that is in flight is answered; calls that wait for it get ``LinkRetired``."""
@@ -282,8 +289,9 @@ class Link:
     # The inside
 
     def _up(self, connection: Connection) -> None:
-        if self.error is not None and self.connects:
-            _logger.info("%s: connected again", self.name)
+        if self._is_told and self.connects:
+            CONNECTION_RESTORED.write(server=self.name)
+        self._is_told = False
         self.connection = connection
         self.connects += 1
         self.error = None
@@ -294,7 +302,7 @@ class Link:
     def _lose(self, connection: Connection) -> None:
         self.connection = None
         self.error = connection.lost(may_have_run=False)
-        _logger.warning("%s; trying again", self.error.args[0].rpartition(";")[0])
+        self._is_told = self._troubles.note(CONNECTION_LOST, server=self.name, error=_reason(self.error))
         if self._on_down is not None:
             self._on_down()
         if self.on_trouble is not None:
@@ -303,7 +311,10 @@ class Link:
     def _fail(self, error: Exception) -> None:
         """It did not come up."""
         if self.error is None:
-            _logger.warning("%s cannot be reached: %s; trying again", self.name, _said(error))
+            CONNECTION_FAILED.write(server=self.name, error=_reason(error))
+            self._is_told = True
+        elif self._troubles.look():
+            self._is_told = True
         self.error = error
         self.refused = isinstance(error, ssl.SSLError) or (
             isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
@@ -323,18 +334,18 @@ class Link:
         """Return the error that says why there is no connection."""
         error = self.error
         if isinstance(error, redis.exceptions.AuthenticationError):
-            return redis.exceptions.AuthenticationError(_said(error))
+            return redis.exceptions.AuthenticationError(_reason(error))
         if isinstance(error, redis.exceptions.ResponseError):
-            return type(error)(_said(error))
+            return type(error)(_reason(error))
         kind = ConnectionTimeout if isinstance(error, TimeoutError) or error is None else ConnectionLost
-        lost = kind(f"{self.name} cannot be reached: {_said(error)}", may_have_run=False)
+        lost = kind(f"{self.name} cannot be reached: {_reason(error)}", may_have_run=False)
         lost.__cause__ = error
         return lost
 
 
-def _said(error: BaseException | None) -> str:
+def _reason(error: BaseException | None) -> str:
     if error is None or (isinstance(error, TimeoutError) and not str(error)):
         return "it did not answer in time"
     if isinstance(error, ConnectionLost):
         return str(error.args[0]).rpartition(";")[0]
-    return str(error) or repr(error)
+    return said(error)

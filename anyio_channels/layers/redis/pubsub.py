@@ -26,6 +26,7 @@ from anyio_channels.layers.base import Message, OnGap, Overflow
 from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadable
 from anyio_channels.layers.local import Channel, Directory, Group
 from anyio_channels.layers.mailbox import Waiter
+from anyio_channels.log import GROUP_SEND_DROPPED, SUBSCRIPTION_REFUSED, said
 
 from .connection import ConnectionLost
 from .endpoint import Host
@@ -369,7 +370,7 @@ class RedisPubSubChannelLayer(RedisLayer):
     # Subscriptions
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
-        self._log_once(f"restore {name}", "%s; its readers wait in vain for %r", error, name)
+        self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
 
     def _up(self, link: Link) -> None:
         """What is wanted was restored already."""
@@ -389,9 +390,14 @@ class RedisPubSubChannelLayer(RedisLayer):
         rung: list[Waiter] = []
         with self._room:
             now = self._clock()
-            for channel in tuple(self._here.channels.values()):
-                self._arrive(channel, (now + self.expiry, body), now, rung)
+            full = [
+                channel.name
+                for channel in tuple(self._here.channels.values())
+                if not self._arrive(channel, (now + self.expiry, body), now, rung)
+            ]
         self._room.wake(rung)
+        for name in full:
+            self._log_dropped(name)
 
     def _pushed(self, push: list[Any]) -> None:
         """A message came."""
@@ -428,13 +434,12 @@ class RedisPubSubChannelLayer(RedisLayer):
             self._room.index.sweep(now, rung)
             if group is not None:
                 missed = group.deliver((expires_at, body), excluded, now, rung)
-            if channel is not None and not self._arrive(channel, (expires_at, message), now, rung):
-                missed += 1
+            is_full = channel is not None and not self._arrive(channel, (expires_at, message), now, rung)
         self._room.wake(rung)
-        if missed:
-            self._log_once(
-                f"full {name}", "%d channels of %r in this process were full and missed a message", missed, name
-            )
+        if group is not None and missed:
+            self._troubles.note(GROUP_SEND_DROPPED, group.name, missed)
+        if is_full:
+            self._log_dropped(name)
 
     # The life of an open layer
 

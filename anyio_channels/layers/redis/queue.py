@@ -25,11 +25,12 @@ from anyio_channels.exceptions import ChannelFull
 from anyio_channels.layers.base import BaseChannelLayer, Message, OnGap, Overflow, require_count
 from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
 from anyio_channels.layers.mailbox import Waiter
+from anyio_channels.log import GROUP_SEND_DROPPED, MEMBERSHIP_REFUSED, said
 
 from .connection import Connection, ConnectionLost, Request
 from .endpoint import Host
 from .intake import QueueIntake
-from .layer import RedisLayerStatistics, logger
+from .layer import RedisLayerStatistics
 from .link import Link, Script, Server
 from .scripts import CLUSTERED, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
@@ -317,9 +318,7 @@ class RedisChannelLayer(QueueIntake):
     def _miss(self, group: str, missed: int) -> None:
         if missed:
             self._missed += missed
-            self._log_once(
-                f"group {group}", "group %r: %d of its members were full and missed a message", group, missed
-            )
+            self._troubles.note(GROUP_SEND_DROPPED, group, missed)
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now, in whatever process."""
@@ -474,7 +473,7 @@ class RedisChannelLayer(QueueIntake):
             self.mark_outage(link)
         key = self._topology.key_at(link, self._prefix_key)
         if key is not None:
-            link.call_soon(TICK, [key], self._prefix_life, done=_log_refusal)
+            link.call_soon(TICK, [key], self._prefix_life, done=self._log_refusal)
         self._leave_now()
         self._rejoin(link)
         for room in self._rooms.values():
@@ -496,7 +495,7 @@ class RedisChannelLayer(QueueIntake):
                     [self.group_key(group.name)],
                     self.group_expiry,
                     *names[start : start + _AT_ONCE],
-                    done=_log_refusal,
+                    done=self._log_refusal,
                 )
 
     def _servers_changed(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - what moves takes its messages along
@@ -536,10 +535,9 @@ class RedisChannelLayer(QueueIntake):
         for room in self._rooms.values():
             room.bell.set()
 
-
-def _log_refusal(request: Request) -> None:
-    if isinstance(request.error, redis.exceptions.ResponseError):
-        logger.warning("%s; a membership could not be renewed", request.error)
+    def _log_refusal(self, request: Request) -> None:
+        if isinstance(request.error, redis.exceptions.ResponseError):
+            self._troubles.note(MEMBERSHIP_REFUSED, error=said(request.error))
 
 
 @lru_cache(maxsize=65536)
