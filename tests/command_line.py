@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -86,3 +89,25 @@ class Running:
         """Wait for its end; return the exit code and what was still written."""
         out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, out, err
+
+
+class Terminal:
+    """A pseudo-terminal, as seen by whoever sits there; closed with the block."""
+
+    def __init__(self, columns: int = 80, rows: int = 24) -> None:
+        self.outside, self.inside = os.openpty()
+        fcntl.ioctl(self.inside, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.inside)
+        os.close(self.outside)
+
+    def read_until(self, text: str) -> str:
+        """Read what is written there, until it has ``text``."""
+        seen = b""
+        while text.encode() not in seen:
+            seen += os.read(self.outside, 65536)
+        return seen.decode(errors="replace")

@@ -119,8 +119,9 @@ async def _listen(
             if as_json:
                 await write(to_json(message))
             else:
-                at = Text(datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3] + " ", style="dim")
-                await write(render(screen, at.append_text(to_text(message)), soft_wrap=True))
+                at = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
+                line = Text.assemble((f"{at} ", "dim"), to_text(message))
+                await write(render(screen, line, soft_wrap=True))
     return 0
 
 
