@@ -65,7 +65,9 @@ class _Result:
 @click.option("--json", "as_json", is_flag=True, help="Print each measurement as one line of JSON.")
 @layer_options(argument=True, default="memory://")
 def bench(choice: Choice, seconds: float, *, as_json: bool) -> None:
-    """Measure the in-memory layer on this machine, and the layer at URL.
+    """Measure this machine and its Redis.
+
+    The in-memory layer, and the layer at URL if one is given.
 
     \b
     What is measured, with a message of three short values, in one process:

@@ -36,9 +36,9 @@ __all__ = ["demo"]
     help="The port to listen on; 0 takes a free one.",
 )
 def demo(backend: str, url: str, host: str, port: int) -> None:
-    """Serve a chat with rooms, to be opened in several browser tabs.
+    """Serve a chat, for several browser tabs.
 
-    It runs until Ctrl-C. Needs the extra: pip install 'anyio_channels[demo]'.
+    It has rooms, and runs until Ctrl-C. Needs the extra: pip install 'anyio_channels[demo]'.
 
     \b
     Examples:

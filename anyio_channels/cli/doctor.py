@@ -27,7 +27,9 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "wrong": "bold red", "unkn
 @click.option("--json", "as_json", is_flag=True, help="Print each check as one line of JSON.")
 @layer_options(argument=True)
 def doctor(choice: Choice, *, as_json: bool) -> None:
-    """Check the Redis of the layer at URL, and say what to do.
+    """Check a Redis, and say what to do.
+
+    It is that of the layer at URL.
 
     \b
     Each server is checked for:

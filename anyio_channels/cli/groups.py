@@ -24,7 +24,9 @@ __all__ = ["groups"]
 @click.option("--json", "as_json", is_flag=True, help="Print each group, or each member, as one line of JSON.")
 @layer_options()
 def groups(choice: Choice, group: str | None, *, as_json: bool) -> None:
-    """List the groups of the layer's prefix, or the members of GROUP.
+    """List groups, or the members of GROUP.
+
+    The groups are those of the layer's prefix, in whatever process.
 
     On the queue layer "members" are the channels whose membership has not expired (group_expiry of the layer's URL; 86400
     seconds if it says nothing), in whatever process, of channels_redis too. "Seconds" is how long ago a member joined or was

@@ -51,7 +51,9 @@ def listen(
     *,
     as_json: bool,
 ) -> None:
-    """Print the messages of CHANNEL, or of groups, as they come.
+    """Print messages as they come.
+
+    Those of CHANNEL, or of groups.
 
     Listening to groups joins them with a channel of its own: everybody else receives as before.
 

@@ -45,7 +45,9 @@ __all__ = ["stats"]
 @click.option("--json", "as_json", is_flag=True, help="Print each look as one line of JSON.")
 @layer_options()
 def stats(choice: Choice, interval: float, top: int, *, once: bool, as_json: bool) -> None:
-    """Show channels, depth, groups, members and rates, again and again.
+    """Show what is in Redis, live.
+
+    Channels, depth, groups, members and rates, again and again.
 
     It looks at Redis from outside and writes nothing. Where Redis cannot know a figure, it is "-".
 

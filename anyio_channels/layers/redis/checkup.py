@@ -38,6 +38,8 @@ _FAR: Final = 0.010
 _SKEW: Final = 1.0
 _NEARLY_FULL: Final = 0.9
 _EXAMPLES: Final = 3
+_TRIES: Final = 1000
+"""Of so many names, one is owned by each node of a cluster."""
 _SECONDS: Final = 10
 """How long what is tried would stay if this process were killed."""
 
@@ -86,6 +88,11 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
         "",
         "allow it (ACL SETUSER): the page about Redis lists the keys, Redis channels and commands that layers need",
     ),
+    (
+        redis.exceptions.ResponseError,
+        "user executing the script",
+        "allow the command that is refused besides (ACL SETUSER); the page about Redis lists them",
+    ),
     (redis.exceptions.OutOfMemoryError, "", "raise maxmemory, or find out who fills it"),
     (
         redis.exceptions.ReadOnlyError,
@@ -100,7 +107,11 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
         "TLS",
         "check that the port is for TLS and its certificate is trusted (?ssl_ca_certs=/path/ca.pem), or use redis://",
     ),
-    (Exception, "", "check that Redis runs there, that host and port are right, and that no firewall is between"),
+    (
+        Exception,
+        "",
+        "check that Redis runs there, host and port are right (with rediss://, a port for TLS), and no firewall is between",
+    ),
 )
 """What to do about an error: the first line that fits its class and its text."""
 
@@ -279,12 +290,13 @@ class _Checkup:
 
     def _queue_trials(self, link: Link, layer: RedisChannelLayer) -> list[Callable[[], Awaitable[Any]]]:
         """Every command and script of the queue layer, with keys that nobody else has."""
-
-        def there(key: str) -> str:
-            return self._key_at(link, key) or key
-
-        key, group = there(layer.channel_key(self.name)), there(layer.group_key(self.name))
-        mark = there(f"{layer.prefix}:prefix:{{0}}")
+        found = [
+            self._name_at(link, make)
+            for make in (layer.channel_key, layer.group_key, lambda name: f"{layer.prefix}:prefix:{name}")
+        ]
+        key, group, mark = (name or "" for name in found)
+        if not key:
+            return []  # a prefix with a tag keeps all on another node
         room, note = layer.room_key(key), layer.note_key(key)
         entry = token_hex(16)
 
@@ -307,11 +319,20 @@ class _Checkup:
                 call(POP, [key, room], 1, _SECONDS),
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
                 run("BZPOPMIN", key, 1),
-                run("ZADD", key, 0, entry),
-                run("PEXPIRE", key, _SECONDS * 1000),
             ]
         return [
             *messages,
+            # What the scripts call: where one is forbidden, Redis 7.0 does not say which.
+            run("TIME"),
+            run("ZADD", key, 0, entry),
+            run("PEXPIRE", key, _SECONDS * 1000),
+            run("ZCOUNT", key, "-inf", 0),
+            run("ZREMRANGEBYSCORE", key, "-inf", -1),
+            run("ZCARD", key),
+            run("ZRANGE", key, 0, -1, "WITHSCORES"),
+            run("ZPOPMIN", key, 1),
+            run("EXISTS", mark),
+            run("SET", mark, 1, "PX", _SECONDS * 1000),
             call(GIVE_BACK, [key], _SECONDS, 0, entry),
             call(GROUP_ADD, [group], _SECONDS, self.name),
             call(GROUP_MEMBERS, [group], _SECONDS),
@@ -328,14 +349,23 @@ class _Checkup:
     def _pubsub_trials(self, link: Link) -> list[Callable[[], Awaitable[Any]]]:
         """Every command of the pub/sub layer, on Redis channels that nobody else has."""
         kind = "S" if self.layer.cluster else ""
-        names = [f"specific.{self.name}!", f"{self.layer.prefix}__group__{self.name}"]
+        ways = (lambda name: f"specific.{name}!", lambda name: f"{self.layer.prefix}__group__{name}")
+        names = [name for make in ways if (name := self._name_at(link, make))]
+
+        def run(*command: str) -> Callable[[], Awaitable[Any]]:
+            return lambda: link.execute(*command)
+
         return [
-            lambda name=name, verb=verb, rest=rest: link.execute(
-                f"{kind}{verb}", self._key_at(link, name) or name, *rest
-            )  # type: ignore[misc]
+            run(f"{kind}{verb}", name, *rest)
             for name in names
             for verb, rest in (("SUBSCRIBE", ()), ("PUBLISH", ("",)), ("UNSUBSCRIBE", ()))
         ]
+
+    def _name_at(self, link: Link, make: Callable[[str], str]) -> str | None:
+        """Return a name made by ``make`` that nobody else has, and that the server of ``link`` owns."""
+        topology = self.layer._topology  # noqa: SLF001 - a part of the layer
+        names = (make(f"{self.name}.{number}") for number in range(_TRIES))
+        return next((name for name in names if not topology.clustered or topology.owner(name, name) is link), None)
 
     def _key_at(self, link: Link, key: str) -> str | None:
         return self.layer._topology.key_at(link, key)  # noqa: SLF001 - a part of the layer
