@@ -271,7 +271,7 @@ def test_help_teaches(command: str | None) -> None:
     assert "Examples:" in result.output
     assert "anyio-channels " + (command or "listen") in result.output
     assert "xit codes" in result.output
-    assert max(map(len, result.output.splitlines())) <= 140
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_help_of_listen_warns() -> None:

@@ -307,6 +307,8 @@ def test_a_terminal_is_told_text_only(redis_server: RedisServer) -> None:
         (["listen", "specific.a!b"], "belongs to the process that made it"),
         (["listen", "jobs", "--count", "0"], "--count"),
         (["listen", "jobs", "--timeout", "0"], "--timeout"),
+        (["listen", "jobs", "--timeout", "nan"], "no number of seconds"),
+        (["stats", "--interval", "inf"], "no number of seconds"),
         (["send", "jobs"], "MESSAGE"),
         (["send", "jobs", "[]"], "must be an object"),
         (["send", "a b", "{}"], "CHANNEL"),

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from anyio_channels.layers import BaseChannelLayer, Inbox, InMemoryChannelLayer
 
-from .options import Choice, layer_options
+from .options import Choice, Seconds, layer_options
 from .output import console, note, render, to_json, write
 from .running import TROUBLES, opened, quietly, run
 
@@ -57,7 +57,7 @@ class _Result:
 @click.command()
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=60.0,
     show_default=True,
     help="How long all measurements take together.",
@@ -71,9 +71,10 @@ def bench(choice: Choice, seconds: float, *, as_json: bool) -> None:
 
     \b
     What is measured, with a message of three short values, in one process:
-      send + receive         one task sends to its inbox and receives, again and again
-      50 at once             50 such tasks, in Redis only; us is what each of them waits
-      group_send to 100      a broadcast, until all of 100 inboxes have received it; op/s counts broadcasts
+      send + receive     a task sends to its inbox and receives, again and again
+      50 at once         50 such tasks, in Redis only; us is what each waits
+      group_send to 100  a broadcast, until all of 100 inboxes have received it;
+                         op/s counts broadcasts
 
     op/s is operations a second, us the microseconds of one: mean, median (p50), and what 99 of 100 stay below (p99).
     In Redis it uses a prefix of its own, the layer's with "-bench-" and a number behind it, and leaves nothing there.
@@ -234,7 +235,9 @@ _IN_REDIS: Final[dict[str, _Measure]] = {
 
 def _table(choice: Choice, results: list[_Result]) -> Table:
     title = f"Python {platform.python_version()}, {choice.backend}, {platform.system()} {platform.machine()}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="dim")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left", title_style="dim"
+    )
     for column, justify in (("layer", "left"), ("operation", "left"), ("op/s", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type] # a literal, seen as str
     for column in ("us mean", "us p50", "us p99"):

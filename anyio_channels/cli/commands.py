@@ -35,8 +35,8 @@ def cli() -> None:
     A layer is named by its URL, in --layer or the environment variable ANYIO_CHANNELS_URL:
 
     \b
-      redis://localhost:6379/0            the queue layer on Redis (also rediss://, unix://)
-      redis+pubsub://localhost:6379/0     the pub/sub layer on Redis
+      redis://localhost:6379/0          the queue layer (also rediss://, unix://)
+      redis+pubsub://localhost:6379/0   the pub/sub layer
       redis+sentinel://a:26379,b:26379/mymaster/0
       redis+cluster://a:6379,b:6379
 
@@ -49,7 +49,7 @@ def cli() -> None:
       export ANYIO_CHANNELS_URL=redis://localhost:6379/0
       anyio-channels doctor
       anyio-channels listen --group room
-      anyio-channels group-send room '{"type": "chat.message", "text": "hello"}'
+      anyio-channels group-send room '{"type": "chat.message", "text": "hi"}'
 
     Exit codes of all commands: 0 done, 1 could not be done, 2 called wrongly, 130 ended by Ctrl-C before it was done.
     """

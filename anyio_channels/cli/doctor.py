@@ -32,18 +32,22 @@ def doctor(choice: Choice, *, as_json: bool) -> None:
     It is that of the layer at URL.
 
     \b
-    Each server is checked for:
+    Each server:
       reached           connection, TLS, user and password
       version           6.2 or newer; in a cluster 7, for sharded pub/sub
       role              a primary, and a cluster only if the URL says so
       latency           the time of a round trip
-      maxmemory-policy  one that evicts throws away messages and memberships
+      maxmemory-policy  one that evicts throws messages and members away
       memory            how much of maxmemory is used
-      persistence       not needed; failing snapshots make Redis refuse writes
-      clock             beside the clock of this machine, and of other servers
-      commands          every call that the layer makes, tried for real: permissions, scripts, memory
+      persistence       not needed; where it fails Redis may refuse writes
+      clock             beside the clock of this machine
+      commands          every call that the layer makes, tried for real:
+                        permissions, scripts, memory
+
     \b
-    And the whole for:
+    The whole:
+      clocks of the servers
+                        beside each other
       prefix            another one that begins with it, or it with another
       keys              under the prefix that are not the layer's
       messages          sent to a channel and to a group, and received
@@ -54,7 +58,7 @@ def doctor(choice: Choice, *, as_json: bool) -> None:
     \b
     Examples:
       anyio-channels doctor redis://localhost:6379/0
-      anyio-channels doctor redis+pubsub://localhost:6379/0 --json | jq 'select(.verdict == "wrong")'
+      anyio-channels doctor redis+pubsub://localhost:6379/0 --json | jq .advice
 
     Exit codes: 0 nothing is wrong (there may be warnings), 1 something is, 2 called wrongly, 130 stopped by Ctrl-C.
     """

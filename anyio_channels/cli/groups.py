@@ -85,7 +85,7 @@ async def _print(rows: list[dict[str, Any]], nothing: str, as_json: bool) -> Non
         for row in rows:
             await write(to_json(row))
     elif rows:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for name, value in rows[0].items():
             table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
         for row in rows:

@@ -21,7 +21,7 @@ from rich.text import Text
 from anyio_channels.layers import BaseChannelLayer
 from anyio_channels.layers.base import Message
 
-from .options import Choice, keeps_messages, layer_options
+from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, note, render, to_json, to_text, write
 from .running import opened, run
 
@@ -36,7 +36,7 @@ _INBOX: Final = 10_000
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Stop after so many messages.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     help="Stop when no message came for so long.",
 )

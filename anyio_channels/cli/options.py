@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -93,6 +94,17 @@ class Choice:
                 param_hint=self.blame,
             )
         return layer
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds that ends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or refuse it."""
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
 
 
 def url_option(**options: Any) -> Callable[[Command], Command]:

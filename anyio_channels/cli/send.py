@@ -75,8 +75,8 @@ def group_send(choice: Choice, group: str, message: str, exclude: tuple[str, ...
 
     \b
     Examples:
-      anyio-channels group-send room '{"type": "chat.message", "text": "hello"}'
-      anyio-channels group-send room '{"type": "x"}' --exclude "specific.0a1b!2c3d"
+      anyio-channels group-send room '{"type": "chat.message", "text": "hi"}'
+      anyio-channels group-send room '{"type": "x"}' --exclude "a.0a1b!2c3d"
 
     Exit codes: 0 sent (to however many members), 1 not sent (or not all lines), 2 called wrongly or a message that is none,
     130 stopped by Ctrl-C.

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from anyio_channels.layers import BaseChannelLayer
 
-from .options import Choice, keeps_messages, layer_options
+from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, is_terminal, printable, render, to_json, write
 from .running import quietly, run
 
@@ -32,7 +32,7 @@ __all__ = ["stats"]
 @click.command()
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -52,22 +52,35 @@ def stats(choice: Choice, interval: float, top: int, *, once: bool, as_json: boo
     It looks at Redis from outside and writes nothing. Where Redis cannot know a figure, it is "-".
 
     \b
-    channels   queue: keys with unexpired messages; one key holds those of all channels of a process (its name ends in "!").
-               pub/sub: Redis channels that somebody listens to; of all prefixes, for they carry none.
-    depth      queue: unexpired messages that wait in Redis. What a process has fetched and not yet read is not seen.
-    change/s   how fast the depth changes: what came less what went.
-    listeners  pub/sub: connections, one for each layer that listens.
-    groups     of this prefix, with a member.
-    members    queue: memberships that have not expired. pub/sub: only their processes know; "processes" have a member.
-    drops      "-": a message dropped because a channel was full is counted by its sender, in statistics(). "full" marks the
-               channels where that happens now.
+    What is there, now:
+      channels   queue: keys with unexpired messages; one key holds those of
+                 all channels of a process (its name ends in "!").
+                 pub/sub: Redis channels that somebody listens to, of whatever
+                 prefix, for they carry none.
+      depth      queue: unexpired messages that wait in Redis. What a process
+                 has fetched and not yet read is not seen.
+      change/s   how fast the depth changes: what came less what went.
+      full       the depth has reached the capacity of this layer's URL: who
+                 sends there without waiting is refused, or the message missed.
+      listeners  pub/sub: connections, one for each layer that listens.
+      groups     those of this prefix that have a member.
+      members    queue: memberships that have not expired.
+      processes  pub/sub: connections that listen to the group; who the members
+                 are only their processes know.
+      drops      "-": a message that was dropped is counted where it happened,
+                 in the statistics() of that process.
+
     \b
-    Calls a second are those of the whole server: all clients, prefixes and databases (INFO commandstats).
-    ZADD         the queue layer's messages and memberships on their way in
-    ZPOPMIN, BZPOPMIN   reads of the queue layer, in vain too
-    PUBLISH, SPUBLISH   messages of the pub/sub layer, and the queue layer's hints to waiting senders and readers
-    evicted      keys thrown away because maxmemory was reached
-    cut off      clients disconnected because they read too slowly (Redis 7.4)
+    A second, of whole servers: all clients, prefixes and databases.
+      ZADD       messages and memberships of the queue layer, on their way in
+      ZPOPMIN, BZPOPMIN
+                 the queue layer's reading, in vain too
+      PUBLISH, SPUBLISH
+                 messages of the pub/sub layer; the queue layer's hints
+      evicted    keys thrown away because maxmemory was reached
+      cut off    clients disconnected because they read too slowly (newer Redis)
+
+    Calls are those of INFO commandstats, between two looks. The first look has nothing before it to compare with.
 
     A look takes time in proportion to all keys of the database (SCAN); choose a long --interval for a large one.
 
@@ -194,11 +207,13 @@ def _tables(choice: Choice, layer: Any, values: dict[str, Any]) -> Group:
         parts.append(
             Text(f"{values['foreign_keys']} keys under the prefix are not the layer's: see doctor", style="yellow")
         )
-    return Group(*parts)
+    return Group(*[thing for part in parts for thing in (part, "")][:-1])
 
 
 def _row(values: dict[str, Any], title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="dim")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left", title_style="dim"
+    )
     for name in values:
         table.add_column(name, justify="right")
     table.add_row(*(_shown(value) for value in values.values()))
@@ -206,7 +221,7 @@ def _row(values: dict[str, Any], title: str | None = None) -> Table:
 
 
 def _list(rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, title in enumerate(columns.values()):
         table.add_column(title, justify="right" if number else "left", overflow="fold")
     for row in rows:

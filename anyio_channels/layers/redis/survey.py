@@ -88,7 +88,7 @@ class Rates:
     evicted_keys: float | None
     """Keys that a server threw away for lack of memory."""
     cut_off: float | None
-    """Clients that a server disconnected because they read too slowly (Redis 7)."""
+    """Clients that a server disconnected because they read too slowly (newer Redis)."""
 
 
 @dataclass(frozen=True, slots=True)
