@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import environment, run
 from redis_server import RedisServer, free_port
 
 from anyio_channels import __version__
@@ -52,6 +52,13 @@ def test_bad_layer_url(url: str, trouble: str) -> None:
     assert trouble in result.stderr
     assert "Traceback" not in result.stderr
     assert "s3cret" not in result.stderr
+
+
+def test_layer_from_the_environment() -> None:
+    """The demo's layer may be named by the environment."""
+    result = run("demo", "--port", "0", env=environment(ANYIO_CHANNELS_URL="nosuch://"))
+    assert result.returncode == 2
+    assert "nosuch://" in result.stderr
 
 
 def test_layer_that_cannot_be_opened() -> None:

@@ -282,6 +282,15 @@ def test_keys() -> None:
     assert prefixes_of_groups([b"a__group__b", b"c", b"__group__d"]) == {b"a"}
 
 
+async def test_a_layer_that_is_open(redis_server: RedisServer) -> None:
+    """An open layer keeps its connections to itself."""
+    async with RedisChannelLayer([redis_server.url], prefix=new_prefix()) as layer:
+        with pytest.raises(RuntimeError, match="that is not open"):
+            async with open_survey(layer):
+                pytest.fail("there is no such survey")
+        await layer.send("jobs", {})
+
+
 def test_survey_is_of_a_layer() -> None:
     """Before it is opened there is no server to be asked."""
     assert Survey(RedisChannelLayer(["redis://localhost"])).links == []

@@ -6,6 +6,8 @@ Rules:
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from anyio_channels import __version__
@@ -55,5 +57,6 @@ def cli() -> None:
     """
 
 
-for command in (demo, listen, send, group_send, groups, stats, bench, doctor):
-    cli.add_command(command)
+_COMMANDS: Final[tuple[click.Command, ...]] = (demo, listen, send, group_send, groups, stats, bench, doctor)
+for _command in _COMMANDS:
+    cli.add_command(_command)

@@ -52,6 +52,8 @@ def doctor(choice: Choice, *, as_json: bool) -> None:
       keys              under the prefix that are not the layer's
       messages          sent to a channel and to a group, and received
 
+    The URL may be in the environment variable ANYIO_CHANNELS_URL instead.
+
     What is tried has names of its own under the prefix, and is removed. "warning" is worth a look; "unknown" is what this user
     must not ask; "wrong" keeps the layer from working, or loses messages.
 

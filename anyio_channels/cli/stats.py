@@ -75,8 +75,7 @@ def stats(choice: Choice, interval: float, top: int, *, once: bool, as_json: boo
       ZADD       messages and memberships of the queue layer, on their way in
       ZPOPMIN, BZPOPMIN
                  the queue layer's reading, in vain too
-      PUBLISH, SPUBLISH
-                 messages of the pub/sub layer; the queue layer's hints
+      PUBLISH    messages of the pub/sub layer; in a cluster, SPUBLISH
       evicted    keys thrown away because maxmemory was reached
       cut off    clients disconnected because they read too slowly (newer Redis)
 
@@ -185,7 +184,8 @@ def _tables(choice: Choice, layer: Any, values: dict[str, Any]) -> Group:
         Text(printable(f"{one['error']}"), style="bold red") for one in values["servers"] if one["error"] is not None
     ]
     parts.append(_row({name: values[name] for name in ("channels", "depth", "groups", "members", "drops")}))
-    calls = {name.upper(): rate for name, rate in values["calls_per_second"].items()}
+    ours = ("zadd", "zpopmin", "bzpopmin") if kind == "queue" else ("spublish",) if layer.cluster else ("publish",)
+    calls = {name.upper(): values["calls_per_second"][name] for name in ours}
     parts.append(
         _row(
             {**calls, "evicted": values["evicted_per_second"], "cut off": values["cut_off_per_second"]},

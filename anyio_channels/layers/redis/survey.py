@@ -144,8 +144,11 @@ def _rate(pairs: Sequence[tuple[ServerSeen, ServerSeen]], count: Any) -> float |
 async def open_survey(layer: RedisLayer) -> AsyncGenerator[Survey]:
     """Connect to the servers of ``layer``, which is not open, for as long as the block runs; nothing is waited for.
 
-    Raises errors of the ``redis`` package where the nodes of a cluster cannot be asked for.
+    Raises errors of the ``redis`` package where the nodes of a cluster cannot be asked for, and ``RuntimeError`` for a layer
+    that is open: it needs its connections for itself.
     """
+    if layer.is_open:
+        raise RuntimeError(f"a survey takes a layer that is not open, and connects by itself; {layer!r} is open")
     topology = layer._topology  # noqa: SLF001 - a part of the layer
     error: Exception | None = None
 
