@@ -268,6 +268,7 @@ async def test_prefixes_that_clash(tmp_path: Path) -> None:
         found = await findings(QUEUE, server.url)
         assert found["prefix"].found == "'asgi', beside 'other'"
         client.zadd("asgi2:group:room", {"a": 1})
+        client.set("asgi2:prefix", 1)
         client.zadd("as:group:room", {"a": 1})
         found = await findings(QUEUE, server.url)
         assert wrong(found) == {"prefix"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ async def test_queue(redis_server: RedisServer) -> None:
 def redis_server_keys(server: RedisServer, prefix: str) -> set[bytes]:
     with server.client() as client:
         return set(client.scan_iter(f"{prefix}*"))
+
+
+async def test_many_channels(redis_server: RedisServer) -> None:
+    """What does not come in one step of SCAN, or fit into one pipeline, is seen too."""
+    layer = RedisChannelLayer([redis_server.url], prefix=new_prefix())
+    now = time.time()
+    with redis_server.client() as client, client.pipeline() as pipeline:
+        for number in range(2500):
+            pipeline.zadd(f"{layer.prefix}channel{number}", {"x": now})
+        pipeline.execute()
+        look = await look_at(layer)
+        assert (len(look.channels), look.depth) == (2500, 2500)
+        async with open_survey(layer) as survey:
+            await survey.require()
+            await survey.erase()
+    assert redis_server_keys(redis_server, layer.prefix) == set()
 
 
 async def test_looking_leaves_no_trace(redis_server: RedisServer) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import redis.exceptions
 from anyio import create_task_group, fail_after
 
-from .keys import glob_escaped, odd_keys, prefixes_of_groups, shown_prefixes
+from .keys import glob_escaped, keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 from .layer import RedisLayer
 from .link import Link
 from .queue import RedisChannelLayer
@@ -184,9 +184,7 @@ class _Checkup:
     def _check_version(self, link: Link, server: ServerSeen) -> None:
         version = (0,) if link.connection is None else link.connection.version
         oldest = _OLDEST_CLUSTER if self.layer.cluster else _OLDEST
-        text = ".".join(map(str, version))
-        if "valkey_version" in server.info:
-            text = f"Valkey {server.info['valkey_version']}, like Redis {text}"
+        text = ".".join(map(str, version)) + (" (Valkey)" if "valkey_version" in server.info else "")
         verdict: Verdict = "ok" if version >= oldest else "wrong"
         self.note("version", server.name, verdict, text, f"use Redis {'.'.join(map(str, oldest))} or newer, or Valkey")
 
@@ -392,7 +390,7 @@ class _Checkup:
             under = await self.view.scan(link, glob_escaped(self.layer.prefix) + "*")
             strange = odd_keys(ours, under)
             odd |= strange
-            ordinary = [key for key in under - strange if key[len(ours) : len(ours) + 1] != b":" or b":group:" in key]
+            ordinary = sorted(set(keys_of(ours, under)) - strange)
             types = await ask_all(link, [("TYPE", key) for key in ordinary])
             wrong |= {key for key, kind in zip(ordinary, types, strict=True) if kind not in ("zset", b"zset")}
         clashing = {other for other in marked - {ours} if other.startswith(ours) or ours.startswith(other)}
