@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -109,5 +110,6 @@ class Terminal:
         """Read what is written there, until it has ``text``."""
         seen = b""
         while text.encode() not in seen:
+            assert select.select([self.outside], [], [], PATIENCE)[0], f"{text!r} never came; there was: {seen!r}"
             seen += os.read(self.outside, 65536)
         return seen.decode(errors="replace")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
-from redis_server import RedisCluster, RedisServer, Sentinels, TLSProxy, make_certificates, new_directory
+from redis_server import RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis.checkup import Finding, check_up
@@ -162,8 +162,7 @@ async def test_snapshots_that_fail(tmp_path: Path) -> None:
     with server_with(tmp_path, "--dbfilename", "dump") as server, server.client() as client:
         (server.directory / "dump").mkdir()
         client.bgsave()
-        while client.info("persistence")["rdb_last_bgsave_status"] == "ok":
-            pass
+        wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
         client.config_set("stop-writes-on-bgsave-error", "no")
         found = await findings(QUEUE, server.url)
         assert found["persistence"].verdict == "warning"
@@ -293,43 +292,3 @@ async def test_pubsub_beside_another_prefix(tmp_path: Path) -> None:
             found = await findings(PUBSUB, server.url)
         assert found["prefix"].verdict == "warning"
         assert "'other'" in found["prefix"].found
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    with Sentinels(tmp_path_factory.mktemp("sentinels")) as deployment:
-        yield deployment
-
-
-@both
-async def test_cluster(kind: Kind, redis_cluster: RedisCluster) -> None:
-    """Every node of a cluster is checked, and nothing stays behind."""
-    layers = [kind.layer_class(redis_cluster.hosts, cluster=True, prefix="doctor") for _ in range(2)]
-    found = await check_up(layers[0], layers[1])
-    assert {finding.verdict for finding in found} == {"ok"}
-    assert len({finding.server for finding in found if finding.check == "commands"}) == 3
-    for node in redis_cluster.nodes[:3]:
-        with node.client() as client:
-            assert client.keys("doctor*") == []
-
-
-@both
-async def test_cluster_with_a_tag(kind: Kind, redis_cluster: RedisCluster) -> None:
-    """A prefix with a tag has keys on one node only, and the others are not blamed for it."""
-    layers = [kind.layer_class(redis_cluster.hosts, cluster=True, prefix="{doctor}") for _ in range(2)]
-    found = await check_up(layers[0], layers[1])
-    assert {finding.verdict for finding in found} == {"ok"}
-
-
-@both
-async def test_sentinel(kind: Kind, sentinels: Sentinels) -> None:
-    """Behind Sentinel, the primary is checked."""
-    layers = [kind.layer_class([sentinels.host], prefix="doctor") for _ in range(2)]
-    found = await check_up(layers[0], layers[1])
-    assert {finding.verdict for finding in found} == {"ok"}

@@ -5,25 +5,18 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from command_line import Running, Terminal, environment, run
 from layers_on_redis import QUEUE, Kind, both, new_prefix
-from redis_server import RedisCluster, RedisServer, new_directory
+from redis_server import RedisServer, new_directory, wait_until
 from test_cli_messages import backends, url_of
 
 from anyio_channels import create_channel_layer
 from anyio_channels.cli.commands import cli
 from anyio_channels.sync import SyncChannelLayer
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
 
 
 def opened(url: str) -> SyncChannelLayer:
@@ -192,17 +185,6 @@ def test_doctor_finds_something(tmp_path: Path) -> None:
     assert "s3cret" not in gone.stdout + gone.stderr
 
 
-def test_doctor_of_a_cluster(redis_cluster: RedisCluster) -> None:
-    """Where there are several servers, each line says of which it is."""
-    nodes = ",".join(f"{node.host}:{node.port}" for node in redis_cluster.nodes[:2])
-    result = run("doctor", f"redis+cluster://{nodes}")
-    assert result.returncode == 0
-    for node in redis_cluster.nodes[:3]:
-        assert f"Redis at {node.host}:{node.port}: a primary" in result.stdout
-    sent = run("group-send", "room", "{}", "--layer", f"redis+cluster://{nodes}")
-    assert sent.stdout == "sent 1 message to group room: 0 copies to members\n"
-
-
 @both
 @backends
 def test_bench(kind: Kind, backend: str, tmp_path: Path) -> None:
@@ -241,8 +223,7 @@ def test_bench_interrupted(backend: str, tmp_path: Path) -> None:
     """bench ends by Ctrl-C with 130, and leaves nothing in Redis."""
     with RedisServer(new_directory(tmp_path, "redis")) as server, server.client() as client:
         with Running("bench", url_of(server, QUEUE), "--seconds", "5", "--backend", backend) as script:
-            while not client.keys("*-bench-*"):
-                pass
+            wait_until(lambda: client.keys("*-bench-*"))
             code, out, err = script.end()
         assert (code, out, err) == (130, "", "")
         assert client.keys("*") == []
@@ -253,8 +234,7 @@ def test_bench_of_a_redis_that_goes_away(tmp_path: Path) -> None:
     with RedisServer(new_directory(tmp_path, "redis")) as server, server.client() as client:
         url = url_of(server, QUEUE, timeout=0.5, connect_timeout=0.5)
         with Running("bench", url, "--seconds", "4") as script:
-            while not client.keys("*-bench-*"):
-                pass
+            wait_until(lambda: client.keys("*-bench-*"))
             server.kill()
             code, out, err = script.wait()
     assert (code, out) == (1, "")

@@ -16,7 +16,7 @@ import pytest
 from anyio import fail_after, to_thread
 from command_line import SCRIPT, Running, Terminal, environment, run
 from layers_on_redis import QUEUE, Kind, both, new_prefix
-from redis_server import RedisServer
+from redis_server import RedisServer, wait_until
 from test_interop import side_by_side
 
 from anyio_channels import create_channel_layer
@@ -204,7 +204,8 @@ def test_a_line_that_is_no_message(line: str, trouble: str, redis_server: RedisS
 @backends
 def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> None:
     """send ends by Ctrl-C with 130, while it waits for room as well as for its next line."""
-    url = url_of(redis_server, QUEUE, capacity=1)
+    prefix = new_prefix()
+    url = url_of(redis_server, QUEUE, capacity=1, prefix=prefix)
     with SyncChannelLayer(create_channel_layer(url)) as layer:
         layer.send("jobs", {})
         with Running(
@@ -215,8 +216,7 @@ def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> 
             given.write('{"n": 1}\n')
             given.flush()
             with redis_server.client() as client:
-                while not client.keys(f"{layer.layer.prefix}:room:*"):  # type: ignore[attr-defined] # it waits for room
-                    pass
+                wait_until(lambda: client.keys(f"{prefix}:room:*"))
             assert script.end()[0] == 130
     url = url_of(redis_server, QUEUE)
     with Running("send", "jobs", "-", "--layer", url, "--backend", backend, stdin=subprocess.PIPE) as script:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis.exceptions
 from anyio import create_task_group
-from layers_on_redis import QUEUE, Kind, both, grow_older, hold_inbox, new_prefix
-from redis_server import RedisCluster, RedisServer, Sentinels, new_directory
+from layers_on_redis import Kind, both, grow_older, hold_inbox, new_prefix
+from redis_server import RedisServer, new_directory
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis.keys import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
@@ -20,20 +19,6 @@ from anyio_channels.layers.redis.layer import RedisLayer
 from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey, open_survey
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A deployment that no test disturbs."""
-    with Sentinels(tmp_path_factory.mktemp("sentinels")) as deployment:
-        yield deployment
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A cluster that no test disturbs."""
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
 
 
 async def look_at(layer: RedisLayer) -> Look:
@@ -190,30 +175,6 @@ async def test_nobody_is_there(kind: Kind, tmp_path: Path) -> None:
         await look_at(layer)
     with pytest.raises(redis.exceptions.ConnectionError):
         await look_at(kind.layer_class([server.url], connect_timeout=0.2, cluster=True))
-
-
-@both
-async def test_sentinel(kind: Kind, sentinels: Sentinels) -> None:
-    """Behind Sentinel, the primary is looked at."""
-    hosts: list[Any] = [sentinels.host]
-    async with kind.layer_class(hosts) as layer, layer.subscribe("room"):
-        look = await look_at(kind.layer_class(hosts))
-    assert [group.name for group in look.groups] == ["room"]
-
-
-@both
-async def test_cluster(kind: Kind, redis_cluster: RedisCluster) -> None:
-    """In a cluster every node is asked, and all that they hold is one list."""
-    options: dict[str, Any] = {"cluster": True, "prefix": new_prefix()}
-    groups = [f"group{number}" for number in range(10)]
-    async with kind.layer_class(redis_cluster.hosts, **options) as layer, layer.subscribe(*groups) as inbox:
-        look = await look_at(kind.layer_class(redis_cluster.hosts, **options))
-        async with open_survey(kind.layer_class(redis_cluster.hosts, **options)) as survey:
-            await survey.require()
-            members = await survey.members("group1")
-    assert [group.name for group in look.groups] == groups
-    assert len(look.servers) == 3
-    assert (None if members is None else set(members)) == ({inbox.channel} if kind is QUEUE else None)
 
 
 async def test_erase(redis_server: RedisServer) -> None:
