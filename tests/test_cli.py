@@ -10,24 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import environment, run
 from redis_server import RedisServer, free_port
 
 from anyio_channels import __version__
-
-
-def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the script to its end; ``before`` is Python that runs first in its process."""
-    if before:
-        start = ["-c", f"import sys\n{before}\nfrom anyio_channels.cli import main\nmain()"]
-    else:
-        start = ["-m", "anyio_channels.cli"]
-    return subprocess.run(
-        [sys.executable, "-P", "-W", "error", *start, *arguments],
-        capture_output=True,
-        check=False,
-        encoding="utf-8",
-        timeout=30,
-    )
 
 
 def test_version() -> None:
@@ -66,6 +52,13 @@ def test_bad_layer_url(url: str, trouble: str) -> None:
     assert trouble in result.stderr
     assert "Traceback" not in result.stderr
     assert "s3cret" not in result.stderr
+
+
+def test_layer_from_the_environment() -> None:
+    """The demo's layer may be named by the environment."""
+    result = run("demo", "--port", "0", env=environment(ANYIO_CHANNELS_URL="nosuch://"))
+    assert result.returncode == 2
+    assert "nosuch://" in result.stderr
 
 
 def test_layer_that_cannot_be_opened() -> None:
@@ -168,7 +161,7 @@ def test_address_that_cannot_be_had(host: str, shown: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("module", ["click", "starlette", "anycorn"])
+@pytest.mark.parametrize("module", ["click", "rich", "starlette", "anycorn"])
 def test_missing_extra(module: str) -> None:
     result = run("demo", before=f"sys.modules[{module!r}] = None")
     assert result.returncode == 2
@@ -176,6 +169,23 @@ def test_missing_extra(module: str) -> None:
     assert result.stderr.startswith(f"anyio-channels needs {module}")
     assert result.stderr.endswith(": pip install 'anyio_channels[demo]'\n")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["click", "rich"])
+def test_missing_extra_of_the_other_commands(module: str) -> None:
+    """Where the extra is missing, the line that says so names the one that this command needs."""
+    result = run("groups", before=f"sys.modules[{module!r}] = None")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"anyio-channels needs {module}")
+    assert result.stderr.endswith(": pip install 'anyio_channels[cli]'\n")
+
+
+def test_the_other_commands_need_no_demo() -> None:
+    """All but the demo run without its extra, and so does the help."""
+    before = "sys.modules['starlette'] = sys.modules['anycorn'] = None"
+    assert run("--help", before=before).returncode == 0
+    result = run("bench", "--seconds", "0.01", before=before)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_missing_trio() -> None:
@@ -203,7 +213,7 @@ def test_other_missing_modules_are_not_blamed_on_the_extra() -> None:
 def test_the_package_imports_nothing_of_the_extra() -> None:
     code = (
         "import sys, anyio_channels, anyio_channels.cli\n"
-        "print({name.partition('.')[0] for name in sys.modules} & {'click', 'starlette', 'anycorn', 'trio'})"
+        "print({name.partition('.')[0] for name in sys.modules} & {'click', 'rich', 'starlette', 'anycorn', 'trio'})"
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, check=True, encoding="utf-8", timeout=30

@@ -36,7 +36,21 @@ _ASK_SECONDS: Final = 1.0
 _KEEP_SECONDS: Final = 10.0
 """So long a node that slots are on their way to is kept, though it owns none yet."""
 _MOST_HOPS: Final = 16
-_AT_THIS_NODE: Final = frozenset({"PING", "TIME", "SCAN", "CLUSTER", "SSUBSCRIBE", "SUNSUBSCRIBE"})
+_AT_THIS_NODE: Final = frozenset(
+    {
+        "CONFIG",
+        "CLUSTER",
+        "INFO",
+        "PING",
+        "PUBSUB",
+        "SCAN",
+        "SSUBSCRIBE",
+        "SUBSCRIBE",
+        "SUNSUBSCRIBE",
+        "TIME",
+        "UNSUBSCRIBE",
+    }
+)
 """Commands that are for one node, whoever owns what."""
 _WAIT: Final = (
     redis.exceptions.ClusterDownError,

@@ -30,6 +30,7 @@ from anyio_channels.log import GROUP_SEND_DROPPED, MEMBERSHIP_REFUSED, said
 from .connection import Connection, ConnectionLost, Request
 from .endpoint import Host
 from .intake import QueueIntake
+from .keys import glob_escaped, keys_of
 from .layer import RedisLayerStatistics
 from .link import Link, Script, Server
 from .scripts import CLUSTERED, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
@@ -41,7 +42,6 @@ _AT_ONCE: Final = 500
 _RECHECK: Final = 1.0
 """Seconds after which a sender looks for room that nobody announced: channels_redis does not."""
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
-_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|sent:|prefix(?:$|:\{))")
 
 
 class _Room:
@@ -209,12 +209,12 @@ class RedisChannelLayer(QueueIntake):
         found: set[bytes] = set()
         cursor: Any = 0
         while True:
-            scan = ("SCAN", cursor, "MATCH", _glob_escaped(self.prefix) + "*", "COUNT", 1000)
+            scan = ("SCAN", cursor, "MATCH", glob_escaped(self.prefix) + "*", "COUNT", 1000)
             cursor, keys = await self._execute(link, *scan)
             found.update(keys)
             if int(cursor) == 0:
                 break
-        for key in _keys_of(self.prefix.encode(), found):
+        for key in keys_of(self.prefix.encode(), found):
             link.submit("UNLINK", key)
         await self._execute(link, "PING")
         with move_on_after(self.timeout):
@@ -546,19 +546,3 @@ def _member_name(raw: bytes) -> str | None:
     name = raw.decode("utf-8", "replace")
     is_name = len(name) < BaseChannelLayer.MAX_NAME_LENGTH and BaseChannelLayer.channel_name_regex.fullmatch(name)
     return name if is_name else None
-
-
-def _glob_escaped(text: str) -> str:
-    return re.sub(r"([*?\[\]\\^])", r"\\\1", text)
-
-
-def _keys_of(prefix: bytes, found: set[bytes]) -> list[bytes]:
-    """Return the keys that belong to ``prefix`` and to no longer one that shows itself among them."""
-    others = {prefix + match[1] for key in found if (match := _OTHER_PREFIX.match(key[len(prefix) :]))}
-    doomed: list[bytes] = []
-    for key in found:
-        rest = key[len(prefix) :]
-        ours = rest.startswith(b":group:") or b":" not in rest
-        if ours and not any(key.startswith(other) for other in others):
-            doomed.append(key)
-    return doomed

@@ -1,44 +1,30 @@
-"""The command line, made with click.
+"""``anyio-channels demo``: the chat in the browser.
 
 Rules:
 - a wrong option exits with 2, an address or layer that cannot be had with 1, a signal with 0; none with a traceback.
-- of a layer's URL only what cannot be secret is shown.
+- only running it needs the extra ``demo``.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 import socket
-from importlib.util import find_spec
-from urllib.parse import urlsplit
 
 import anyio
 import click
 
-from anyio_channels import __version__
 from anyio_channels.layers import BaseChannelLayer, create_channel_layer
 
-from .app import MIN_MESSAGE_SIZE
-from .server import LayerRefusedError, listen, serve_chat
+from .options import backend_option, censored, require_backend, shown, url_option
 
-__all__ = ["cli"]
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="anyio-channels")
-def cli() -> None:
-    """Channel layers for asyncio, uvloop and trio."""
+__all__ = ["demo"]
 
 
-@cli.command()
-@click.option("--backend", type=click.Choice(["asyncio", "trio"]), default="asyncio", show_default=True)
-@click.option(
-    "--layer",
-    "url",
+@click.command()
+@backend_option
+@url_option(
     default="memory://",
     show_default=True,
-    metavar="URL",
     help="The channel layer to use. Processes share rooms with redis://host:6379/0 or redis+pubsub://host:6379/0.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
@@ -50,10 +36,22 @@ def cli() -> None:
     help="The port to listen on; 0 takes a free one.",
 )
 def demo(backend: str, url: str, host: str, port: int) -> None:
-    """Serve a chat with rooms, to be opened in several browser tabs."""
+    """Serve a chat, for several browser tabs.
+
+    It has rooms, and runs until Ctrl-C. Needs the extra: pip install 'anyio_channels[demo]'.
+
+    \b
+    Examples:
+      anyio-channels demo
+      anyio-channels demo --backend trio --port 0
+      anyio-channels demo --layer redis://localhost:6379/0
+
+    Exit codes: 0 when stopped, 1 when it cannot listen or reach the layer, 2 when called wrongly.
+    """
+    from anyio_channels.demo.server import listen  # noqa: PLC0415 - the extra
+
     layer = _create_layer(url)
-    if find_spec(backend) is None:
-        raise click.UsageError(f"{backend} is not installed: pip install 'anyio_channels[demo]'")
+    require_backend(backend, "demo")
     try:
         listener = listen(host, port)
     except (OSError, UnicodeError) as error:  # the latter for a host that can be no name
@@ -68,22 +66,26 @@ def demo(backend: str, url: str, host: str, port: int) -> None:
 
 
 async def _run(layer: BaseChannelLayer, url: str, listener: socket.socket, backend: str) -> None:
+    from anyio_channels.demo.server import LayerRefusedError, serve_chat  # noqa: PLC0415 - the extra
+
     try:
         await serve_chat(
             layer,
             listener,
-            lambda address: click.echo(f"Chat on {address} ({backend}, {_shown(url)}) - Ctrl-C stops it"),
+            lambda address: click.echo(f"Chat on {address} ({backend}, {shown(url)}) - Ctrl-C stops it"),
         )
     except LayerRefusedError as error:
-        trouble = f"cannot open the layer {_shown(url)}: {_censored(error.__cause__, url)}"
+        trouble = f"cannot open the layer {shown(url)}: {censored(error.__cause__, url)}"
         raise click.ClickException(trouble) from error
 
 
 def _create_layer(url: str) -> BaseChannelLayer:
+    from anyio_channels.demo.app import MIN_MESSAGE_SIZE  # noqa: PLC0415 - the extra
+
     try:
         layer = create_channel_layer(url)
     except (TypeError, ValueError) as error:
-        raise click.BadParameter(_censored(error, url), param_hint="--layer") from error
+        raise click.BadParameter(censored(error, url), param_hint="--layer") from error
     except ImportError as error:
         raise click.UsageError(str(error)) from error
     if layer.max_message_size < MIN_MESSAGE_SIZE:
@@ -91,15 +93,3 @@ def _create_layer(url: str) -> BaseChannelLayer:
             f"the chat needs a max_message_size of {MIN_MESSAGE_SIZE} or more", param_hint="--layer"
         )
     return layer
-
-
-def _shown(url: str) -> str:
-    """Return ``url`` without user, password and query."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _censored(error: BaseException | None, url: str) -> str:
-    """Return the text of ``error`` without the user and password in ``url``, which may be no valid URL."""
-    found = re.search(r"//([^/?#]+)@", url)
-    return str(error) if found is None else str(error).replace(found[1], "***")

@@ -1,0 +1,31 @@
+"""The console script ``anyio-channels``.
+
+Rules:
+- what only the command line needs is an optional extra, imported when the script runs. Where it is missing, the script
+  says how to get it.
+- a command is a module; ``commands`` puts them together, ``running`` starts and ends them, ``options`` makes the layer,
+  ``output`` writes.
+- of Redis it knows nothing: ``layers.redis.survey`` and ``layers.redis.checkup`` look into it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+_EXTRA = frozenset({"anycorn", "click", "rich", "starlette"})
+
+
+def main() -> None:
+    """Run the command line and exit: 0 when all went well, 1 when it could not be done, 2 when called wrongly."""
+    try:
+        from anyio_channels.cli.commands import cli  # noqa: PLC0415 - an optional extra
+
+        cli(prog_name="anyio-channels")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        extra = "demo" if sys.argv[1:2] == ["demo"] else "cli"
+        sys.stderr.write(f"anyio-channels needs {error.name}: pip install 'anyio_channels[{extra}]'\n")
+        sys.exit(2)

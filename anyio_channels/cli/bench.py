@@ -1,0 +1,250 @@
+"""``anyio-channels bench``: how fast this machine is, and this Redis.
+
+Rules:
+- what is measured has a prefix of its own. All of it is removed, also after Ctrl-C; if this process is killed, Redis forgets
+  it within two minutes by itself.
+- figures of different machines, or of a busy machine, cannot be compared: it says which Python and backend it ran on.
+"""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import click
+from anyio import create_task_group, move_on_after
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from anyio_channels.layers import BaseChannelLayer, Inbox, InMemoryChannelLayer
+
+from .options import Choice, Seconds, layer_options
+from .output import console, note, render, to_json, write
+from .running import TROUBLES, opened, quietly, run
+
+__all__ = ["bench"]
+
+_MEMBERS: Final = 100
+_AT_ONCE: Final = 50
+_REFRESH: Final = 0.1
+_LIFE: Final = 60.0
+_CLEANING: Final = 10.0
+_MESSAGE: Final = {"type": "chat.message", "text": "hello", "id": 12345}
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What one measurement said: operations a second, and microseconds of each."""
+
+    layer: str
+    what: str
+    count: int
+    per_second: float
+    mean: float
+    p50: float
+    p99: float
+
+
+@click.command()
+@click.option(
+    "--seconds",
+    type=Seconds(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long all measurements take together.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print each measurement as one line of JSON.")
+@layer_options(argument=True, default="memory://")
+def bench(choice: Choice, seconds: float, *, as_json: bool) -> None:
+    """Measure this machine and its Redis.
+
+    The in-memory layer, and the layer at URL if one is given.
+
+    \b
+    What is measured, with a message of three short values, in one process:
+      send + receive     a task sends to its inbox and receives, again and again
+      50 at once         50 such tasks, in Redis only; us is what each waits
+      group_send to 100  a broadcast, until all of 100 inboxes have received it;
+                         op/s counts broadcasts
+
+    op/s is operations a second, us the microseconds of one: mean, median (p50), and what 99 of 100 stay below (p99).
+    The URL may be in the environment variable ANYIO_CHANNELS_URL instead.
+
+    In Redis it uses a prefix of its own, the layer's with "-bench-" and a number behind it, and leaves nothing there.
+    It keeps one core, and Redis, busy: not for a Redis that is in use.
+
+    \b
+    Examples:
+      anyio-channels bench
+      anyio-channels bench redis://localhost:6379/0 --seconds 10
+      anyio-channels bench redis+pubsub://localhost:6379/0 --backend trio --json
+
+    Exit codes: 0 measured, 1 the layer could not be reached, 2 called wrongly, 130 stopped by Ctrl-C.
+    """
+    run(choice, partial(_bench, choice, choice.make_layer(), seconds, as_json))
+
+
+async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_json: bool) -> int:  # noqa: FBT001
+    in_memory = isinstance(layer, InMemoryChannelLayer)
+    share = seconds / (len(_IN_MEMORY) + (0 if in_memory else len(_IN_REDIS)))
+    results: list[_Result] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    bars = Console(stderr=True)
+    quiet = not bars.is_terminal
+    with Progress(*columns, console=bars, auto_refresh=False, transient=True, disable=quiet) as progress:
+        memory = layer if in_memory else InMemoryChannelLayer()
+        async with opened(memory, choice):
+            results += await _measure_all("memory", memory, _IN_MEMORY, share, progress)
+        if not in_memory:
+            async with _redis_of_its_own(choice, layer) as (name, own):
+                results += await _measure_all(name, own, _IN_REDIS, share, progress)
+    if as_json:
+        for one in results:
+            values = {field: getattr(one, field) for field in _Result.__slots__}
+            await write(to_json({**values, "backend": choice.backend, "python": platform.python_version()}))
+    else:
+        await write(render(console(), _table(choice, results)))
+    return 0
+
+
+@asynccontextmanager
+async def _redis_of_its_own(choice: Choice, layer: Any) -> AsyncGenerator[tuple[str, BaseChannelLayer]]:
+    """Open a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
+    from anyio_channels.layers.redis.survey import open_survey  # noqa: PLC0415 - an optional extra
+
+    make = partial(choice.make_layer_apart, f"{layer.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
+    try:
+        async with opened(make(), choice) as own:
+            yield choice.shown.partition("://")[0], own
+    finally:
+        with move_on_after(_CLEANING, shield=True):
+            try:
+                async with quietly(), open_survey(make()) as survey:
+                    await survey.require()
+                    await survey.erase()
+            except TROUBLES:
+                note("warning: Redis could not be tidied up; what is left expires there within two minutes")
+
+
+async def _measure_all(
+    name: str, layer: BaseChannelLayer, kinds: dict[str, _Measure], seconds: float, progress: Progress
+) -> list[_Result]:
+    results: list[_Result] = []
+    for what, measure in kinds.items():
+        task = progress.add_task(f"{name}: {what}", total=seconds)
+        clock = _Clock(seconds, progress, task)
+        await measure(layer, clock)
+        results.append(clock.result(name, what))
+    return results
+
+
+class _Clock:
+    """Takes the times of one measurement, and says when it is over."""
+
+    def __init__(self, seconds: float, progress: Progress, task: TaskID) -> None:
+        self.times = array("d")
+        self._progress = progress
+        self._task = task
+        self._began = self._shown = time.perf_counter()
+        self._ends = self._began + seconds
+        self._ended = self._began
+
+    def took(self, since: float) -> float | None:
+        """Note one operation; return the time, or ``None`` when the time is over."""
+        now = self._ended = time.perf_counter()
+        self.times.append(now - since)
+        if now - self._shown > _REFRESH:
+            self._shown = now
+            self._progress.update(self._task, completed=now - self._began, refresh=True)
+        return now if now < self._ends else None
+
+    def result(self, layer: str, what: str) -> _Result:
+        """Return what was measured."""
+        self._progress.update(self._task, completed=self._ends - self._began, refresh=True)
+        times = sorted(self.times)
+        count = len(times)
+        return _Result(
+            layer,
+            what,
+            count,
+            round(count / (self._ended - self._began), 1),
+            round(sum(times) / count * 1e6, 1),
+            round(times[count // 2] * 1e6, 1),
+            round(times[count * 99 // 100] * 1e6, 1),
+        )
+
+
+async def _one(layer: BaseChannelLayer, clock: _Clock) -> None:
+    async with layer.subscribe() as inbox:
+        await _to_and_fro(layer, inbox, clock)
+
+
+async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock) -> None:
+    now: float | None = time.perf_counter()
+    while now is not None:
+        await layer.send(inbox.channel, _MESSAGE)
+        await inbox.receive()
+        now = clock.took(now)
+
+
+async def _many(layer: BaseChannelLayer, clock: _Clock) -> None:
+    async with _inboxes(layer, _AT_ONCE) as inboxes, create_task_group() as tasks:
+        for inbox in inboxes:
+            tasks.start_soon(_to_and_fro, layer, inbox, clock)
+
+
+async def _broadcast(layer: BaseChannelLayer, clock: _Clock) -> None:
+    async with _inboxes(layer, _MEMBERS, "room") as inboxes:
+        now: float | None = time.perf_counter()
+        while now is not None:
+            await layer.group_send("room", _MESSAGE)
+            for inbox in inboxes:
+                await inbox.receive()
+            now = clock.took(now)
+
+
+@asynccontextmanager
+async def _inboxes(layer: BaseChannelLayer, count: int, *groups: str) -> AsyncGenerator[list[Inbox]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(layer.subscribe(*groups)) for _ in range(count)]
+
+
+_Measure = Callable[[BaseChannelLayer, _Clock], Awaitable[None]]
+_IN_MEMORY: Final[dict[str, _Measure]] = {
+    "send + receive": _one,
+    f"group_send to {_MEMBERS}": _broadcast,
+}
+_IN_REDIS: Final[dict[str, _Measure]] = {
+    "send + receive": _one,
+    f"{_AT_ONCE} at once": _many,
+    f"group_send to {_MEMBERS}": _broadcast,
+}
+
+
+def _table(choice: Choice, results: list[_Result]) -> Table:
+    title = f"Python {platform.python_version()}, {choice.backend}, {platform.system()} {platform.machine()}"
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left", title_style="dim"
+    )
+    for column, justify in (("layer", "left"), ("operation", "left"), ("op/s", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type] # a literal, seen as str
+    for column in ("us mean", "us p50", "us p99"):
+        table.add_column(column, justify="right")
+    for one in results:
+        times = (f"{value:,.1f}" for value in (one.mean, one.p50, one.p99))
+        table.add_row(one.layer, one.what, f"{one.per_second:,.0f}", *times)
+    return table
