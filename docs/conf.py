@@ -8,9 +8,15 @@ Rules:
 
 from __future__ import annotations
 
+import importlib
 import logging
+import re
+from typing import TYPE_CHECKING, Any
 
 import anyio_channels
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "anyio_channels"
 author = project_copyright = "The anyio_channels maintainers"
@@ -56,3 +62,26 @@ html_copy_source = False
 html_show_sourcelink = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
+
+# Docstrings are plain text: public names in double backquotes become links.
+
+PUBLIC = {
+    name: module
+    for module in ("anyio_channels", "anyio_channels.sync", "anyio_channels.testing", "anyio_channels.wsgi")
+    for name in importlib.import_module(module).__all__
+}
+NAME = re.compile(rf"``({'|'.join(sorted(PUBLIC))})((?:\.\w+)?)``")
+
+
+def link_names(*event: Any) -> None:
+    """Called by autodoc for each docstring, whose lines come last."""
+    lines: list[str] = event[-1]
+    lines[:] = [
+        NAME.sub(lambda found: f":py:obj:`{found[1]}{found[2]} <{PUBLIC[found[1]]}.{found[1]}{found[2]}>`", line)
+        for line in lines
+    ]
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", link_names)
