@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -77,6 +77,7 @@ def started(directory: Path, name: str, *words: str, fd: int | None = None, **va
             stdout=file,
             stderr=file,
             pass_fds=() if fd is None else (fd,),
+            start_new_session=True,  # a process group, to be ended as a whole: hypercorn has a child
         )
     try:
         yield log
@@ -87,7 +88,8 @@ def started(directory: Path, name: str, *words: str, fd: int | None = None, **va
         error.add_note(f"{words!r} said:\n{log.read_text()}")
         raise
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -216,6 +216,8 @@ def test_step_5_its_test(tmp_path: Path) -> None:
         "error",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:asyncio",  # which warns when it starts, and is here for another page
         *words[words.index("pytest") + 1 :],
     ]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
