@@ -6,7 +6,7 @@ Rules:
 - the trace's context travels in the message, under ``CONTEXT_KEY``, and is taken out before the receiver gets the message.
 - nothing here waits, so what a cancelled call leaves behind is what the wrapped layer says. A message that was taken is
   handed over, whatever OpenTelemetry does: its errors are logged and go no further.
-- names are those of OpenTelemetry's semantic conventions for messaging, as of version 1.41 of them, which call themselves
+- names are those of OpenTelemetry's semantic conventions for messaging, as of version 1.44 of them, which call themselves
   "development": https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/
 - no contents of a message are in a span, nor in the text of an error there.
 """

@@ -28,6 +28,8 @@ from opentelemetry import context as otel_context
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.semconv._incubating.attributes import messaging_attributes
+from opentelemetry.semconv.attributes import error_attributes, server_attributes
 from opentelemetry.trace import NoOpTracerProvider, SpanKind, StatusCode
 from redis_server import RedisServer, free_port
 from traced import Telemetry
@@ -101,6 +103,23 @@ async def test_a_message_is_two_spans_of_one_trace(
     assert attributes(received)["messaging.destination.name"] == "jobs"
     assert parent(received) == ids(sent)
     assert links(received) == [ids(sent)]
+
+
+async def test_names_are_those_of_the_conventions(telemetry: Telemetry) -> None:
+    """Every attribute that is not called after this package is one that OpenTelemetry's own list of names has."""
+    layer = telemetry.wrap(RedisChannelLayer([("localhost", 1)]))
+    with pytest.raises(RuntimeError):
+        await layer.send("specific.a!b", {})
+    (span,) = telemetry.spans()
+    known = {
+        value
+        for module in (messaging_attributes, server_attributes, error_attributes)
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, str)
+    }
+    names = {name for name in attributes(span) if not name.startswith("anyio_channels.")}
+    assert len(names) == 9
+    assert names <= known
 
 
 async def test_a_broadcast(telemetry: Telemetry, traced_layer: OpenTelemetryChannelLayer) -> None:
