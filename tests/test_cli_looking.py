@@ -62,6 +62,27 @@ def test_groups_with_a_server_that_is_down(tmp_path: Path) -> None:
 
 
 @both
+def test_several_servers(kind: Kind, tmp_path: Path) -> None:
+    """A URL may name several servers: all of them are asked, and one that is down is named, with exit code 1."""
+    with RedisServer(new_directory(tmp_path, "one")) as one, RedisServer(new_directory(tmp_path, "two")) as two:
+        url = url_of(one, kind, connect_timeout=1, timeout=1).replace("/0?", f",{two.host}:{two.port}/0?")
+        names = {f"group{number}" for number in range(10)}
+        with opened(url) as layer, layer.subscribe(*names):
+            found = run("groups", "--json", "--layer", url)
+            assert {json.loads(line)["group"] for line in found.stdout.splitlines()} == names
+            assert (found.returncode, found.stderr) == (0, "")
+            doctor = run("doctor", url)
+            assert doctor.returncode == 0
+            for server in (one, two):
+                assert re.search(f"role +ok +Redis at {server.host}:{server.port}: a primary", doctor.stdout)
+            two.kill()
+            rest = run("groups", "--json", "--layer", url)
+        assert rest.returncode == 1
+        assert {json.loads(line)["group"] for line in rest.stdout.splitlines()} < names
+        assert re.fullmatch(rf"warning: not asked: Redis at {two.host}:{two.port} .*\n", rest.stderr)
+
+
+@both
 @backends
 def test_stats_once(kind: Kind, backend: str, redis_server: RedisServer) -> None:
     """stats --once prints one table, or one document, and what nobody can know is "-" or null."""
