@@ -224,7 +224,11 @@ def test_bench(kind: Kind, backend: str, tmp_path: Path) -> None:
             (scheme, "group_send to 100"),
         ]
         assert all(0 < row["p50"] <= row["p99"] for row in rows)
-        assert all(row["count"] > 0 and row["per_second"] > 0 and row["backend"] == backend for row in rows)
+        assert all(row["count"] > 0 and row["backend"] == backend for row in rows)
+        # One after the other, a second has as many as the time of one says; up to the rounding of both.
+        for row in rows:
+            if row["what"] != "50 at once":
+                assert row["per_second"] * row["mean"] / 1e6 == pytest.approx(1, rel=0.2)
         with server.client() as client:
             assert client.keys("*") == []
 

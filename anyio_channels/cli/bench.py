@@ -166,9 +166,14 @@ class _Clock:
         self._patience = patience
         self._progress = progress
         self._task = task
-        self._began = self._shown = time.perf_counter()
-        self._ends = self._began + seconds
-        self._ended = self._began
+        self._seconds = seconds
+        self.start()
+
+    def start(self) -> float:
+        """Begin now, for what is needed is there; return the time."""
+        self._began = self._shown = self._ended = time.perf_counter()
+        self._ends = self._began + self._seconds
+        return self._began
 
     def took(self, since: float) -> float | None:
         """Note one operation; return the time, or ``None`` when the time is over."""
@@ -198,11 +203,11 @@ class _Clock:
 
 async def _one(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with layer.subscribe() as inbox:
-        await _to_and_fro(layer, inbox, clock)
+        await _to_and_fro(layer, inbox, clock, clock.start())
 
 
-async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock) -> None:
-    now: float | None = time.perf_counter()
+async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock, since: float) -> None:
+    now: float | None = since
     while now is not None:
         await layer.send(inbox.channel, _MESSAGE)
         await inbox.receive()
@@ -211,13 +216,14 @@ async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock) -> N
 
 async def _many(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with _inboxes(layer, _AT_ONCE) as inboxes, create_task_group() as tasks:
+        since = clock.start()
         for inbox in inboxes:
-            tasks.start_soon(_to_and_fro, layer, inbox, clock)
+            tasks.start_soon(_to_and_fro, layer, inbox, clock, since)
 
 
 async def _broadcast(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with _inboxes(layer, _MEMBERS, "room") as inboxes:
-        now: float | None = time.perf_counter()
+        now: float | None = clock.start()
         while now is not None:
             await layer.group_send("room", _MESSAGE)
             for inbox in inboxes:
