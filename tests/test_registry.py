@@ -112,3 +112,12 @@ def test_bad_urls(url: Any, options: dict[str, Any], error: type[Exception], wor
     """What a URL gets wrong is an error that says what there is."""
     with pytest.raises(error, match=words):
         create_channel_layer(url, **options)
+
+
+def test_several_servers_in_a_url() -> None:
+    """A URL with several hosts is a layer over all of them, each with what else the URL says."""
+    layer = create_channel_layer("redis+pubsub://ann:pw@a:1,b/2?prefix=chat")
+    assert "Redis at a:1, Redis at b:6379" in repr(layer)
+    assert "chat" in repr(layer)
+    with pytest.raises(ValueError, match="a Redis URL is"):
+        create_channel_layer("redis://a:1,b:x/0")

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 import click
-from anyio import create_task_group, move_on_after
+from anyio import CancelScope, create_task_group, current_time, move_on_after
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -38,6 +38,7 @@ _AT_ONCE: Final = 50
 _REFRESH: Final = 0.1
 _LIFE: Final = 60.0
 _CLEANING: Final = 10.0
+_NEVER: Final = float("inf")
 _MESSAGE: Final = {"type": "chat.message", "text": "hello", "id": 12345}
 
 
@@ -146,8 +147,12 @@ async def _measure_all(
     results: list[_Result] = []
     for what, measure in kinds.items():
         task = progress.add_task(f"{name}: {what}", total=seconds)
-        clock = _Clock(seconds, progress, task)
-        await measure(layer, clock)
+        patience = 2 * getattr(layer, "timeout", _NEVER)
+        with move_on_after(patience) as scope:
+            clock = _Clock(seconds, progress, task, scope, patience)
+            await measure(layer, clock)
+        if scope.cancelled_caught:
+            raise click.ClickException(f"nothing came back from {name} for {patience:g} seconds; is Redis away?")
         results.append(clock.result(name, what))
     return results
 
@@ -155,13 +160,20 @@ async def _measure_all(
 class _Clock:
     """Takes the times of one measurement, and says when it is over."""
 
-    def __init__(self, seconds: float, progress: Progress, task: TaskID) -> None:
+    def __init__(self, seconds: float, progress: Progress, task: TaskID, scope: CancelScope, patience: float) -> None:
         self.times = array("d")
+        self._scope = scope
+        self._patience = patience
         self._progress = progress
         self._task = task
-        self._began = self._shown = time.perf_counter()
-        self._ends = self._began + seconds
-        self._ended = self._began
+        self._seconds = seconds
+        self.start()
+
+    def start(self) -> float:
+        """Begin now, for what is needed is there; return the time."""
+        self._began = self._shown = self._ended = time.perf_counter()
+        self._ends = self._began + self._seconds
+        return self._began
 
     def took(self, since: float) -> float | None:
         """Note one operation; return the time, or ``None`` when the time is over."""
@@ -169,6 +181,7 @@ class _Clock:
         self.times.append(now - since)
         if now - self._shown > _REFRESH:
             self._shown = now
+            self._scope.deadline = current_time() + self._patience
             self._progress.update(self._task, completed=now - self._began, refresh=True)
         return now if now < self._ends else None
 
@@ -190,11 +203,11 @@ class _Clock:
 
 async def _one(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with layer.subscribe() as inbox:
-        await _to_and_fro(layer, inbox, clock)
+        await _to_and_fro(layer, inbox, clock, clock.start())
 
 
-async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock) -> None:
-    now: float | None = time.perf_counter()
+async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock, since: float) -> None:
+    now: float | None = since
     while now is not None:
         await layer.send(inbox.channel, _MESSAGE)
         await inbox.receive()
@@ -203,13 +216,14 @@ async def _to_and_fro(layer: BaseChannelLayer, inbox: Inbox, clock: _Clock) -> N
 
 async def _many(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with _inboxes(layer, _AT_ONCE) as inboxes, create_task_group() as tasks:
+        since = clock.start()
         for inbox in inboxes:
-            tasks.start_soon(_to_and_fro, layer, inbox, clock)
+            tasks.start_soon(_to_and_fro, layer, inbox, clock, since)
 
 
 async def _broadcast(layer: BaseChannelLayer, clock: _Clock) -> None:
     async with _inboxes(layer, _MEMBERS, "room") as inboxes:
-        now: float | None = time.perf_counter()
+        now: float | None = clock.start()
         while now is not None:
             await layer.group_send("room", _MESSAGE)
             for inbox in inboxes:

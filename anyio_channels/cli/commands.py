@@ -39,6 +39,7 @@ def cli() -> None:
     \b
       redis://localhost:6379/0          the queue layer (also rediss://, unix://)
       redis+pubsub://localhost:6379/0   the pub/sub layer
+      redis://a:6379,b:6379/0           several servers
       redis+sentinel://a:26379,b:26379/mymaster/0
       redis+cluster://a:6379,b:6379
 

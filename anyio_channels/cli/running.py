@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
 import click
@@ -43,14 +43,17 @@ class _ToStandardError(logging.Handler):
         note(printable(f"{record.levelname.lower()}: {record.getMessage()}"))
 
 
-def run(choice: Choice, main: Callable[[], Awaitable[int]], *, endless: bool = False) -> None:
+def run(choice: Choice, main: Callable[[], Awaitable[int]], *, endless: bool = False) -> NoReturn:
     """Await ``main`` on the backend of ``choice``, and exit with the code that it returns.
 
     ``endless``: it is expected to be ended by a signal.
     """
     _logger.handlers[:] = [_ToStandardError()]
     _logger.propagate = False
-    code, error = anyio.run(_supervise, main, endless, backend=choice.backend)
+    _exit(choice, *anyio.run(_supervise, main, endless, backend=choice.backend))
+
+
+def _exit(choice: Choice, code: int, error: BaseException | None) -> NoReturn:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, TROUBLES):

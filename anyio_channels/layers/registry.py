@@ -127,7 +127,8 @@ def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
     """Make the layer that ``url`` describes, not yet opened: ``create_channel_layer("memory://?capacity=10")``.
 
     ``redis://``, ``rediss://`` (TLS) and ``unix://`` are the queue layer on Redis, with ``+pubsub`` (``redis+pubsub://``) the
-    pub/sub layer. ``redis+sentinel://host:port,host:port/master_name`` and ``redis+cluster://host:port,host:port``, also with
+    pub/sub layer. ``redis://host:port,host:port`` are several servers over which names are spread;
+    ``redis+sentinel://host:port,host:port/master_name`` and ``redis+cluster://host:port,host:port``, also with
     ``rediss`` and ``+pubsub`` behind, are those behind Sentinel and on a Redis Cluster. The query gives the layer's options,
     and for Redis those of the ``redis`` package (``ssl_ca_certs``, ``socket_timeout``, ...); ``options`` gives the layer's
     too, and those that a URL cannot say.
@@ -187,13 +188,15 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
     place = url.partition("://")[2].partition("?")[0]
     tail = f"?{rest}" if rest else ""
-    if server.endswith("+cluster"):
-        # Each node of the list with what else the URL says.
-        login, at, nodes = place.rpartition("@")
-        names, slash, path = nodes.partition("/")
+    login, at, nodes = place.rpartition("@")
+    names, slash, path = nodes.partition("/")
+    is_cluster = server.endswith("+cluster")
+    if is_cluster:
         server = server.removesuffix("+cluster")
-        hosts = [f"{server}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
         options = {**options, "cluster": True}
+    if is_cluster or ("," in names and server in {"redis", "rediss"}):
+        # Each server of the list with what else the URL says.
+        hosts = [f"{server}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
     else:
         hosts = [f"{server}://{place}{tail}"]
     if kind == "pubsub":

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any, Final, Literal
 
 import redis.exceptions
-from anyio import create_task_group, fail_after
+from anyio import CancelScope, create_task_group, fail_after
 
 from .keys import glob_escaped, keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 from .layer import RedisLayer
@@ -284,7 +284,8 @@ class _Checkup:
             said = "; ".join(dict.fromkeys(str(error).removeprefix(f"{link.name}: ") for error in refused))
             self.note("commands", link.name, "wrong", said, _what_to_do(refused[0]))
         else:
-            self.note("commands", link.name, "ok", f"all {len(trials)} calls that the layer makes are allowed and work")
+            found = f"all {len(trials)} calls that the layer makes are allowed and work"
+            self.note("commands", link.name, "ok", found if trials else "nothing of this prefix is kept here")
 
     def _queue_trials(self, link: Link, layer: RedisChannelLayer) -> list[Callable[[], Awaitable[Any]]]:
         """Every command and script of the queue layer, with keys that nobody else has."""
@@ -446,12 +447,11 @@ class _Checkup:
         else:
             found = f"sent to a channel, and to a group, and received: {seconds * 1000:.2f} ms each"
             self.note("messages", None, "ok", found)
-        for link, key in marks:
-            if key is not None:
-                link.submit("UNLINK", key)
-        for link, key in marks:
-            if key is not None:
-                await link.execute("PING")
+        finally:
+            with CancelScope(shield=True):  # also who interrupts leaves nothing behind
+                for link, key in marks:
+                    if key is not None:
+                        await link.execute("UNLINK", key)
 
     async def _go_round(self) -> float:
         async with self.trial.subscribe(self.name) as inbox:
