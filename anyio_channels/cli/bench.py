@@ -105,8 +105,8 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
         TimeRemainingColumn(),
     )
     bars = Console(stderr=True)
-    quiet = not bars.is_terminal
-    with Progress(*columns, console=bars, auto_refresh=False, transient=True, disable=quiet) as progress:
+    bars.quiet = not bars.is_terminal
+    with Progress(*columns, console=bars, auto_refresh=False, transient=True, disable=bars.quiet) as progress:
         memory = layer if in_memory else InMemoryChannelLayer()
         async with opened(memory, choice):
             results += await _measure_all("memory", memory, _IN_MEMORY, share, progress)
