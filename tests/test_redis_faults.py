@@ -816,8 +816,9 @@ async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.Log
 @pytest.mark.parametrize("pops_many", [True, False])
 async def test_scripts_lost_while_messages_come(server: RedisServer, pops_many: bool) -> None:
     """A burst for this process comes whole and in order, from a Redis that lost the scripts, and from one before 7.0."""
-    layer = make(QUEUE, server.url, capacity=5000)
-    async with layer, make(QUEUE, server.url, capacity=5000, prefix=layer.prefix) as sender, create_task_group() as tg:
+    options = {"capacity": 5000, "timeout": PATIENCE}  # for the 2,500 at once on a busy machine
+    layer = make(QUEUE, server.url, **options)
+    async with layer, make(QUEUE, server.url, prefix=layer.prefix, **options) as sender, create_task_group() as tg:
         tg.start_soon(layer.receive, "normal")  # so that the blocking pop takes one at a time
         await until(lambda: popper(layer).popping and popper(layer).blocked)
         popper(layer).pops_many = pops_many
