@@ -69,7 +69,7 @@ ALLOWED = {
     # Looking from outside: these know the layers, and no layer knows them.
     "layers.redis.survey": {
         "anyio", "redis", "layers.base", "layers.redis.connection", "layers.redis.keys", "layers.redis.layer",
-        "layers.redis.link", "layers.redis.queue",
+        "layers.redis.link", "layers.redis.queue", "layers.redis.topology",
     },
     "layers.redis.checkup": {
         "anyio", "redis", "layers.redis.keys", "layers.redis.layer", "layers.redis.link", "layers.redis.queue",

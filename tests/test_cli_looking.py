@@ -268,6 +268,20 @@ def test_bench_of_a_redis_that_goes_away(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_bench_of_a_layer_that_loses_a_message() -> None:
+    """Where a message never comes back, bench does not wait for it for ever."""
+    before = """
+import anyio
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.layers.inbox import Inbox
+InMemoryChannelLayer.timeout = 0.1
+Inbox.receive = lambda self: anyio.sleep_forever()
+"""
+    result = run("bench", before=before)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "Error: nothing came back from memory for 0.2 seconds; is Redis away?\n"
+
+
 @pytest.mark.parametrize("command", [None, *cli.commands])
 def test_help_teaches(command: str | None) -> None:
     """Every command's help has examples, and says what its exit codes are."""

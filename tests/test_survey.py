@@ -16,13 +16,13 @@ from redis_server import RedisServer, new_directory
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis.keys import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 from anyio_channels.layers.redis.layer import RedisLayer
-from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey, open_survey
+from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey
 
 pytestmark = pytest.mark.anyio
 
 
 async def look_at(layer: RedisLayer) -> Look:
-    async with open_survey(layer) as survey:
+    async with Survey(layer) as survey:
         await survey.require()
         return await survey.look()
 
@@ -53,7 +53,7 @@ async def test_queue(redis_server: RedisServer) -> None:
         assert look.groups == (GroupSeen("hall", 1, None), GroupSeen("room", 2, None))
         assert (look.depth, look.members, look.foreign) == (4, 3, 2)
         assert [server.error for server in look.servers] == [None]
-        async with open_survey(RedisChannelLayer([redis_server.url], **options)) as survey:
+        async with Survey(RedisChannelLayer([redis_server.url], **options)) as survey:
             await survey.require()
             members = await survey.members("room")
         assert members is not None
@@ -77,7 +77,7 @@ async def test_many_channels(redis_server: RedisServer) -> None:
         pipeline.execute()
         look = await look_at(layer)
         assert (len(look.channels), look.depth) == (2500, 2500)
-        async with open_survey(layer) as survey:
+        async with Survey(layer) as survey:
             await survey.require()
             await survey.erase()
     assert redis_server_keys(redis_server, layer.prefix) == set()
@@ -99,7 +99,7 @@ async def test_expired_memberships_are_no_members(redis_server: RedisServer) -> 
         with redis_server.client() as client:
             grow_older(client, layer.prefix, 61)
         await layer.send("unrelated", {})
-    async with open_survey(layer) as survey:
+    async with Survey(layer) as survey:
         await survey.require()
         assert await survey.members("room") == {}
         assert (await survey.look()).groups == ()
@@ -114,7 +114,7 @@ async def test_pubsub(tmp_path: Path) -> None:
             async with one.subscribe("room") as first, two.subscribe("room", "hall"), two.subscribe("room"):
                 async with other.subscribe("theirs"):
                     looker = RedisPubSubChannelLayer([server.url], prefix="mine")
-                    async with open_survey(looker) as survey:
+                    async with Survey(looker) as survey:
                         await survey.require()
                         look = await survey.look()
                         assert await survey.members("room") is None
@@ -154,7 +154,7 @@ async def test_a_server_that_stands_still(tmp_path: Path) -> None:
     """A server that no longer answers is named, after the layer's timeout."""
     with RedisServer(tmp_path) as server:
         layer = RedisChannelLayer([server.url], timeout=0.3)
-        async with open_survey(layer) as survey:
+        async with Survey(layer) as survey:
             await survey.require()
             server.pause()
             try:
@@ -184,7 +184,7 @@ async def test_erase(redis_server: RedisServer) -> None:
         await layer.send("a", {})
         with redis_server.client() as client:
             client.set(other, 1)
-        async with open_survey(RedisChannelLayer([redis_server.url], prefix=prefix)) as survey:
+        async with Survey(RedisChannelLayer([redis_server.url], prefix=prefix)) as survey:
             await survey.require()
             await survey.erase()
         assert redis_server_keys(redis_server, prefix) == set()
@@ -198,7 +198,7 @@ async def test_erase_without_permission(tmp_path: Path) -> None:
             client.acl_setuser("ann", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all", "-scan"])
         layer = RedisChannelLayer([server.url.replace("//", "//ann:pw@")])
         with pytest.raises(redis.exceptions.NoPermissionError):
-            async with open_survey(layer) as survey:
+            async with Survey(layer) as survey:
                 await survey.require()
                 await survey.erase()
 
@@ -209,7 +209,7 @@ async def test_what_a_user_must_not_ask(tmp_path: Path) -> None:
         with server.client() as client:
             client.acl_setuser("ann", enabled=True, passwords=["+pw"], keys=["asgi*"], commands=["+@all", "-info"])
         async with RedisChannelLayer([server.url]) as layer, layer.subscribe("room"):
-            async with open_survey(RedisChannelLayer([server.url.replace("//", "//ann:pw@")])) as survey:
+            async with Survey(RedisChannelLayer([server.url.replace("//", "//ann:pw@")])) as survey:
                 await survey.require()
                 before, look = await survey.look(), await survey.look()
         assert [group.name for group in look.groups] == ["room"]
@@ -222,7 +222,7 @@ async def test_what_a_user_must_not_ask(tmp_path: Path) -> None:
 async def test_rates(redis_server: RedisServer) -> None:
     """Rates are differences of the server's own counters, by the second."""
     layer = RedisPubSubChannelLayer([redis_server.url])
-    async with open_survey(RedisPubSubChannelLayer([redis_server.url])) as survey:
+    async with Survey(RedisPubSubChannelLayer([redis_server.url])) as survey:
         await survey.require()
         before = await survey.look()
         async with layer:
@@ -264,7 +264,7 @@ async def test_a_layer_that_is_open(redis_server: RedisServer) -> None:
     """An open layer keeps its connections to itself."""
     async with RedisChannelLayer([redis_server.url], prefix=new_prefix()) as layer:
         with pytest.raises(RuntimeError, match="that is not open"):
-            async with open_survey(layer):
+            async with Survey(layer):
                 pytest.fail("there is no such survey")
         await layer.send("jobs", {})
 

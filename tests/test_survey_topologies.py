@@ -12,7 +12,7 @@ from redis_server import RedisCluster, Sentinels
 from test_survey import look_at
 
 from anyio_channels.layers.redis.checkup import check_up
-from anyio_channels.layers.redis.survey import open_survey
+from anyio_channels.layers.redis.survey import Survey
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +47,7 @@ async def test_survey_of_cluster(kind: Kind, redis_cluster: RedisCluster) -> Non
     groups = [f"group{number}" for number in range(10)]
     async with kind.layer_class(redis_cluster.hosts, **options) as layer, layer.subscribe(*groups) as inbox:
         look = await look_at(kind.layer_class(redis_cluster.hosts, **options))
-        async with open_survey(kind.layer_class(redis_cluster.hosts, **options)) as survey:
+        async with Survey(kind.layer_class(redis_cluster.hosts, **options)) as survey:
             await survey.require()
             members = await survey.members("group1")
     assert [group.name for group in look.groups] == groups

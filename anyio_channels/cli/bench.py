@@ -29,7 +29,7 @@ from anyio_channels.layers import BaseChannelLayer, Inbox, InMemoryChannelLayer
 
 from .options import Choice, Seconds, layer_options
 from .output import console, note, render, to_json, write
-from .running import TROUBLES, opened, quietly, run
+from .running import TROUBLES, Quiet, opened, run
 
 __all__ = ["bench"]
 
@@ -111,8 +111,7 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
         async with opened(memory, choice):
             results += await _measure_all("memory", memory, _IN_MEMORY, share, progress)
         if not in_memory:
-            async with _redis_of_its_own(choice, layer) as (name, own):
-                results += await _measure_all(name, own, _IN_REDIS, share, progress)
+            results += await _measure_redis(choice, layer, share, progress)
     if as_json:
         for one in results:
             values = {field: getattr(one, field) for field in _Result.__slots__}
@@ -122,23 +121,26 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
     return 0
 
 
-@asynccontextmanager
-async def _redis_of_its_own(choice: Choice, layer: Any) -> AsyncGenerator[tuple[str, BaseChannelLayer]]:
-    """Open a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
-    from anyio_channels.layers.redis.survey import open_survey  # noqa: PLC0415 - an optional extra
-
+async def _measure_redis(choice: Choice, layer: Any, seconds: float, progress: Progress) -> list[_Result]:
+    """Measure a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
     make = partial(choice.make_layer_apart, f"{layer.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
     try:
         async with opened(make(), choice) as own:
-            yield choice.shown.partition("://")[0], own
+            return await _measure_all(choice.shown.partition("://")[0], own, _IN_REDIS, seconds, progress)
     finally:
         with move_on_after(_CLEANING, shield=True):
-            try:
-                async with quietly(), open_survey(make()) as survey:
-                    await survey.require()
-                    await survey.erase()
-            except TROUBLES:
-                note("warning: Redis could not be tidied up; what is left expires there within two minutes")
+            await _tidy_up(make())
+
+
+async def _tidy_up(layer: Any) -> None:
+    from anyio_channels.layers.redis.survey import Survey  # noqa: PLC0415 - an optional extra
+
+    try:
+        async with Quiet(), Survey(layer) as survey:
+            await survey.require()
+            await survey.erase()
+    except TROUBLES:
+        note("warning: Redis could not be tidied up; what is left expires there within two minutes")
 
 
 async def _measure_all(

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .options import Choice, layer_options
 from .output import console, printable, render, to_json, write
-from .running import quietly, run
+from .running import Quiet, run
 
 if TYPE_CHECKING:
     from anyio_channels.layers.redis.layer import RedisLayer
@@ -70,7 +70,7 @@ def doctor(choice: Choice, *, as_json: bool) -> None:
 async def _doctor(choice: Choice, layer: RedisLayer, trial: RedisLayer, as_json: bool) -> int:  # noqa: FBT001
     from anyio_channels.layers.redis.checkup import check_up  # noqa: PLC0415 - an optional extra
 
-    async with quietly():
+    async with Quiet():
         findings = await check_up(layer, trial)
     if as_json:
         for finding in findings:

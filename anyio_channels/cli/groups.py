@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .options import Choice, layer_options
 from .output import console, note, printable, render, to_json, write
-from .running import quietly, run
+from .running import Quiet, run
 
 if TYPE_CHECKING:
     from anyio_channels.layers.redis.layer import RedisLayer
@@ -54,10 +54,10 @@ def groups(choice: Choice, group: str | None, *, as_json: bool) -> None:
 
 
 async def _groups(layer: RedisLayer, group: str | None, as_json: bool) -> int:  # noqa: FBT001
-    from anyio_channels.layers.redis.survey import Look, open_survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.layers.redis.survey import Look, Survey  # noqa: PLC0415 - an optional extra
 
     members: dict[str, float] | None = None
-    async with quietly(), open_survey(layer) as survey:
+    async with Quiet(), Survey(layer) as survey:
         await survey.require()
         if group is not None:
             members = await survey.members(group)

@@ -23,7 +23,7 @@ from anyio import create_task_group, open_signal_receiver
 from .options import Choice
 from .output import NobodyReads, note, printable
 
-__all__ = ["TROUBLES", "opened", "quietly", "run"]
+__all__ = ["TROUBLES", "Quiet", "opened", "run"]
 
 TROUBLES: tuple[type[Exception], ...] = (OSError,)
 """What can go wrong with nobody at fault here."""
@@ -85,13 +85,15 @@ async def _supervise(main: Callable[[], Awaitable[int]], endless: bool) -> tuple
     return code, error
 
 
-@asynccontextmanager
-async def quietly() -> AsyncGenerator[None]:
-    """What is logged meanwhile is in the error that is raised, or does not matter."""
-    _logger.disabled = True
-    try:
-        yield
-    finally:
+class Quiet:
+    """What is logged in its block is in the error that is raised, or does not matter."""
+
+    async def __aenter__(self) -> None:
+        """Log nothing."""
+        _logger.disabled = True
+
+    async def __aexit__(self, *_: object) -> None:
+        """Log again."""
         _logger.disabled = False
 
 
@@ -100,7 +102,7 @@ async def opened(layer: Any, choice: Choice) -> AsyncGenerator[Any]:
     """Have ``layer`` open for the block; if it cannot be, that is a ``click.ClickException`` that says why."""
     async with AsyncExitStack() as stack:
         try:
-            async with quietly():
+            async with Quiet():
                 await stack.enter_async_context(layer)
         except TROUBLES as error:
             why = printable(choice.censor(error))

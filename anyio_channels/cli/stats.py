@@ -24,7 +24,7 @@ from anyio_channels.layers import BaseChannelLayer
 
 from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, is_terminal, printable, render, to_json, write
-from .running import quietly, run
+from .running import Quiet, run
 
 __all__ = ["stats"]
 
@@ -101,12 +101,12 @@ async def _stats(
     once: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
 ) -> int:
-    from anyio_channels.layers.redis.survey import open_survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.layers.redis.survey import Survey  # noqa: PLC0415 - an optional extra
 
     screen = console()
     is_live = is_terminal() and not (screen.is_dumb_terminal or once or as_json)
     live = Live(console=screen, auto_refresh=False, vertical_overflow="crop") if is_live else None
-    async with quietly(), open_survey(layer) as survey:
+    async with Quiet(), Survey(layer) as survey:
         await survey.require()
         before = await survey.look()
         if once:

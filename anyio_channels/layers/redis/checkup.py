@@ -24,7 +24,7 @@ from .layer import RedisLayer
 from .link import Link
 from .queue import RedisChannelLayer
 from .scripts import CLUSTERED, GIVE_BACK, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, POP, SEND, TICK
-from .survey import ServerSeen, Survey, ask_all, ask_server, open_survey
+from .survey import ServerSeen, Survey, ask_all, ask_server
 
 __all__ = ["Finding", "Verdict", "check_up"]
 
@@ -66,7 +66,7 @@ async def check_up(layer: RedisLayer, trial: RedisLayer, clock: Callable[[], flo
     """
     findings: list[Finding] = []
     try:
-        async with open_survey(layer) as view:
+        async with Survey(layer) as view:
             await _Checkup(layer, trial, view, findings, clock).run()
     except redis.exceptions.RedisError as error:
         findings.append(_unreached(None, error))

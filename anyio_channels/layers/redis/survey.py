@@ -10,14 +10,13 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import redis.exceptions
-from anyio import Event, create_task_group
+from anyio import CancelScope, Event, create_task_group
 
 from anyio_channels.layers.base import BaseChannelLayer
 
@@ -26,8 +25,9 @@ from .keys import glob_escaped, group_names, keys_of, prefixes_of_groups
 from .layer import RedisLayer
 from .link import Link, Server
 from .queue import RedisChannelLayer
+from .topology import Topology
 
-__all__ = ["ChannelSeen", "GroupSeen", "Look", "Rates", "ServerSeen", "Survey", "ask_all", "open_survey"]
+__all__ = ["ChannelSeen", "GroupSeen", "Look", "Rates", "ServerSeen", "Survey", "ask_all", "ask_server"]
 
 _AT_ONCE: Final = 1000
 """How many commands are in flight at once."""
@@ -140,51 +140,63 @@ def _rate(pairs: Sequence[tuple[ServerSeen, ServerSeen]], count: Any) -> float |
     return rate if pairs else None
 
 
-@asynccontextmanager
-async def open_survey(layer: RedisLayer) -> AsyncGenerator[Survey]:
-    """Connect to the servers of ``layer``, which is not open, for as long as the block runs; nothing is waited for.
-
-    Raises errors of the ``redis`` package where the nodes of a cluster cannot be asked for, and ``RuntimeError`` for a layer
-    that is open: it needs its connections for itself.
-    """
-    if layer.is_open:
-        raise RuntimeError(f"a survey takes a layer that is not open, and connects by itself; {layer!r} is open")
-    topology = layer._topology  # noqa: SLF001 - a part of the layer
-    error: Exception | None = None
-
-    async def restore(connection: Connection) -> None:
-        """There is nothing to restore."""
-
-    def make_link(server: Server) -> Link:
-        return topology.link_class(
-            server, timeout=layer.timeout, connect_timeout=layer.connect_timeout, restore=restore, on_up=lambda _: None
-        )
-
-    async with create_task_group() as tasks:
-        try:
-            await topology.open(make_link, lambda link: tasks.start_soon(link.run), lambda *_: None, layer)
-            for link in topology.links:
-                tasks.start_soon(link.run)
-            tasks.start_soon(topology.run)
-            yield Survey(layer)
-        except Exception as caught:  # noqa: BLE001 - raised below, not wrapped by the task group
-            error = caught
-        tasks.cancel_scope.cancel()
-    if error is not None:
-        raise error
-
-
 class Survey:
-    """A reading view of the servers of one layer."""
+    """A reading view of the servers of one layer, which is not open; connected for as long as ``async with survey:`` runs."""
 
     def __init__(self, layer: RedisLayer) -> None:
         """``layer``: for its servers, its prefix and its key names."""
         self.layer: RedisLayer = layer
 
+    async def __aenter__(self) -> Self:
+        """Begin to connect; nothing is waited for.
+
+        Raises errors of the ``redis`` package where the nodes of a cluster cannot be asked for, and ``RuntimeError`` for a
+        layer that is open: it needs its connections for itself.
+        """
+        layer = self.layer
+        if layer.is_open:
+            raise RuntimeError(f"a survey takes a layer that is not open, and connects by itself; {layer!r} is open")
+        await self._topology.open(self._make_link, self._serve, lambda *_: None, layer)
+        self._scope = CancelScope()
+        self._tasks = create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._live)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the connections."""
+        self._scope.cancel()
+        # The error of the block is not the task group's, which would wrap it.
+        await self._tasks.__aexit__(None, None, None)
+
+    async def _live(self) -> None:
+        with self._scope:
+            async with create_task_group() as tasks:
+                self._runs = tasks
+                for link in self.links:
+                    self._serve(link)
+                tasks.start_soon(self._topology.run)
+
+    def _serve(self, link: Link) -> None:
+        self._runs.start_soon(link.run)
+
+    @property
+    def _topology(self) -> Topology:
+        return self.layer._topology  # noqa: SLF001 - a part of the layer
+
+    def _make_link(self, server: Server) -> Link:
+        async def restore(connection: Connection) -> None:
+            """There is nothing to restore."""
+
+        layer = self.layer
+        return self._topology.link_class(
+            server, timeout=layer.timeout, connect_timeout=layer.connect_timeout, restore=restore, on_up=lambda _: None
+        )
+
     @property
     def links(self) -> list[Link]:
         """The links to all servers that there are now."""
-        return list(self.layer._topology.links)  # noqa: SLF001 - a part of the layer
+        return list(self._topology.links)
 
     async def require(self) -> None:
         """Wait until the servers are reached. Raises as opening the layer does: if none is, or one refuses."""
@@ -205,7 +217,7 @@ class Survey:
         if not isinstance(self.layer, RedisChannelLayer):
             return None
         key = self.layer.group_key(group)
-        link = self.layer._topology.owner(group, key)  # noqa: SLF001 - a part of the layer
+        link = self._topology.owner(group, key)
         now = _seconds(await link.execute("TIME"))
         found = await link.execute("ZRANGEBYSCORE", key, f"({now - self.layer.group_expiry!r}", "+inf", "WITHSCORES")
         # RESP3 pairs them.
