@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -246,7 +247,7 @@ async def test_permissions_of_keys(tmp_path: Path) -> None:
     with server_with(tmp_path) as server:
         with server.client() as client:
             client.execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~asgidoctor.*", "~asgi:*", "&*", "+@all")
-        found = await findings(QUEUE, server.url.replace("//", "//ann:pw@"), timeout=1, connect_timeout=1)
+        found = await findings(QUEUE, server.url.replace("//", "//ann:pw@"), timeout=3, connect_timeout=1)
         assert found["commands"].verdict == "ok"
         assert found["messages"].verdict == "wrong"
 
@@ -292,3 +293,33 @@ async def test_pubsub_beside_another_prefix(tmp_path: Path) -> None:
             found = await findings(PUBSUB, server.url)
         assert found["prefix"].verdict == "warning"
         assert "'other'" in found["prefix"].found
+
+
+RULES = re.findall(
+    r"^ACL SETUSER (.+)$", (Path(__file__).parent.parent / "docs/howto/deploying.md").read_text("utf-8"), re.MULTILINE
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer_class", "rule"),
+    list(zip((RedisChannelLayer, RedisPubSubChannelLayer), RULES, strict=True)),
+    ids=["queue", "pubsub"],
+)
+async def test_each_right_that_is_missing_is_named(layer_class: Any, rule: str, tmp_path: Path) -> None:
+    """With the rights that the documentation gives, all is well; without any one of them, the check-up says which it is."""
+    user, *words = rule.split()
+    rights = [word for word in words if word.startswith("+") and word != "+hello"]  # Redis lets everybody say HELLO
+    assert len(rights) >= 5
+    with RedisServer(tmp_path) as server, server.client() as client:
+
+        async def find_wrong(missing: str = "") -> str:
+            client.acl_deluser(user)
+            client.execute_command("ACL", "SETUSER", user, *(word for word in words if word != missing))
+            url = server.url.replace("//", f"//{user}:secret@")
+            findings = await check_up(*(layer_class([url], prefix="shop") for _ in range(2)))
+            return " ".join(finding.found.lower() for finding in findings if finding.verdict == "wrong")
+
+        assert await find_wrong() == ""
+        silent = [right for right in rights if right[1:].partition("|")[0] not in await find_wrong(right)]
+        assert silent == []

@@ -32,6 +32,7 @@ Verdict = Literal["ok", "warning", "wrong", "unknown"]
 
 _OLDEST: Final = (6, 2)
 _OLDEST_CLUSTER: Final = (7, 0)
+_POPS_MANY: Final = (7, 0)
 _PINGS: Final = 20
 _FAR: Final = 0.010
 """Seconds of a round trip from which on it is worth saying."""
@@ -319,8 +320,11 @@ class _Checkup:
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
                 run("BZPOPMIN", key, 1),
             ]
+            if link.connection is not None and link.connection.version >= _POPS_MANY:
+                messages.append(run("BZMPOP", 1, 1, key, "MIN"))
         return [
             *messages,
+            run("CLIENT", "ID"),
             # What the scripts call: where one is forbidden, Redis 7.0 does not say which.
             run("TIME"),
             run("ZADD", key, 0, entry),
@@ -332,7 +336,7 @@ class _Checkup:
             run("ZPOPMIN", key, 1),
             run("EXISTS", mark),
             run("SET", mark, 1, "PX", _SECONDS * 1000),
-            call(GIVE_BACK, [key], _SECONDS, 0, entry),
+            run("EVAL", GIVE_BACK.text, 1, key, _SECONDS, 0, entry),
             call(GROUP_ADD, [group], _SECONDS, self.name),
             call(GROUP_MEMBERS, [group], _SECONDS),
             run("ZREM", group, self.name),
