@@ -75,7 +75,7 @@ ALLOWED = {
         "anyio", "redis", "layers.redis.keys", "layers.redis.layer", "layers.redis.link", "layers.redis.queue",
         "layers.redis.scripts", "layers.redis.survey",
     },
-    "layers.registry": {"layers.base", "layers.memory", "layers.redis"},
+    "layers.registry": {"layers.base", "layers.memory", "layers.redis", "layers.redis.endpoint"},
     "otel": {"anyio", "exceptions", "layers.base", "log", "opentelemetry"},
     "portal": {"anyio", "log"},
     "sync": {"anyio", "exceptions", "layers.base", "layers.inbox", "portal"},

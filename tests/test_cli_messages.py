@@ -117,13 +117,17 @@ def test_listening_ends_by_a_signal(backend: str, number: int, redis_server: Red
         assert script.end(number) == (0, "", "")
     with SyncChannelLayer(create_channel_layer(url)) as layer:
         assert layer.group_channels("room") == set()
+    with listening("-g", "room", "--layer", url, "--backend", backend, "--count", "1") as script:
+        assert script.end(number) == (128 + number, "", "")  # what it waited for did not come
 
 
 def test_timeout(redis_server: RedisServer) -> None:
     """Without a message for --timeout seconds, listen ends: with 1 if it was to --count some."""
     options = ("listen", "-g", "room", "--timeout", "0.05", "--layer", url_of(redis_server, QUEUE))
     assert run(*options).returncode == 0
-    assert run(*options, "--count", "1").returncode == 1
+    result = run(*options, "--count", "1")
+    assert result.returncode == 1
+    assert result.stderr.endswith("\nno message came for 0.05 s; 0 of 1 did before\n")
 
 
 def test_encrypted(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -133,11 +137,25 @@ def test_encrypted(redis_server: RedisServer, tmp_path: Path) -> None:
     path.write_text("first\n\nsecond\n")
     assert run("send", "jobs", '{"n": 1}', "--layer", url, "--key", "second").returncode == 0
     assert run("send", "jobs", '{"n": 2}', "--layer", url, env=environment(ANYIO_CHANNELS_KEY="first")).returncode == 0
-    assert run("send", "jobs", '{"n": 3}', "--layer", url).returncode == 0
-    result = run("listen", "jobs", "--json", "--count", "3", "--timeout", "1", "--layer", url, "--key-file", str(path))
+    for number in (3, 4):
+        assert run("send", "jobs", json.dumps({"n": number}), "--layer", url).returncode == 0
+    result = run("listen", "jobs", "--json", "--count", "3", "--timeout", "60", "--layer", url, "--key-file", str(path))
     assert result.returncode == 1
     assert [json.loads(line) for line in result.stdout.splitlines()] == [{"n": 1}, {"n": 2}]
     assert "warning: skipped what is no message of ours on " in result.stderr
+    assert "Error: what came on channel jobs was taken and cannot be read: give the key" in result.stderr
+    with SyncChannelLayer(create_channel_layer(url)) as layer:
+        assert layer.receive("jobs", timeout=60) == {"n": 4}  # it stopped at the first, and took no more
+
+
+def test_what_cannot_be_read_on_groups_ends_nothing(redis_server: RedisServer) -> None:
+    """A broadcast that this process cannot read is everybody else's too: it is said, and listening goes on."""
+    url = url_of(redis_server, QUEUE)
+    with listening("-g", "room", "--json", "--layer", url) as script:
+        assert run("group-send", "room", '{"n": 1}', "--layer", url, "--key", "secret").returncode == 0
+        assert run("group-send", "room", '{"n": 2}', "--layer", url).returncode == 0
+        assert json.loads(script.output.readline()) == {"n": 2}
+        assert "skipped what is no message of ours" in script.errors.readline()
 
 
 def test_a_pipe_is_sent_line_by_line(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -239,9 +257,23 @@ def test_broken_pipe(backend: str, redis_server: RedisServer) -> None:
             assert json.loads(script.output.readline()) == {"n": 1}
             script.output.close()
             script.process.stdout = None
-            layer.group_send("room", {"n": 2})
         assert script.process.wait(60) == 0
         assert script.errors.read() == ""
+
+
+@backends
+def test_who_stops_reading_a_channel_takes_no_more(backend: str, redis_server: RedisServer) -> None:
+    """It ends when its reader is gone, not with the next message, which is for others then."""
+    url = url_of(redis_server, QUEUE)
+    with SyncChannelLayer(create_channel_layer(url)) as layer:
+        with listening("jobs", "--json", "--layer", url, "--backend", backend) as script:
+            layer.send("jobs", {"n": 1})
+            assert json.loads(script.output.readline()) == {"n": 1}
+            script.output.close()
+            script.process.stdout = None
+            assert script.process.wait(60) == 0
+        layer.send("jobs", {"n": 2})
+        assert layer.receive("jobs", timeout=60) == {"n": 2}
 
 
 def test_a_reader_that_stands_still(redis_server: RedisServer) -> None:

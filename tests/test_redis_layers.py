@@ -547,7 +547,15 @@ def test_layers_from_urls(url: str, layer_class: type[Any], options: dict[str, A
 @pytest.mark.parametrize(
     ("url", "options", "error", "words"),
     [
-        ("redis://h?capactiy=5", {}, TypeError, "unknown option 'capactiy' of a Redis host"),
+        (
+            "redis://h?capactiy=5",
+            {},
+            TypeError,
+            "unknown option 'capactiy' in a channel layer URL; there are: prefix, expiry, .* connection: client_name",
+        ),
+        ("redis://h?channel_capacity=5", {}, TypeError, "'channel_capacity' cannot be said in a .* a keyword argument"),
+        ("redis:h:6380/3", {}, ValueError, "has two slashes behind its scheme: redis://"),
+        ("redis+pubsub:/h", {}, ValueError, "has two slashes behind its scheme: redis\\+pubsub://"),
         ("redis://h", {"capactiy": 5}, TypeError, "unknown option 'capactiy'"),
         ("redis://h?capacity=x", {}, ValueError, "option capacity in a channel layer URL must be a number, not 'x'"),
         ("redis://h?capacity=1", {"capacity": 2}, TypeError, "given twice"),

@@ -104,6 +104,7 @@ def test_memory_urls() -> None:
             TypeError,
             "unknown option 'capactiy' for this channel layer; there are: expiry",
         ),
+        ("memory:", {}, ValueError, "has two slashes behind its scheme: memory://"),
         ("memory://host", {}, ValueError, "has no host, path or fragment"),
         ("memory:///path", {}, ValueError, "has no host, path or fragment"),
     ],

@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any, Final
 
 import click
-from anyio import move_on_after
+from anyio import create_task_group, move_on_after
 from rich.text import Text
 
 from anyio_channels.layers import BaseChannelLayer
 from anyio_channels.layers.base import Message
 
 from .options import Choice, Seconds, keeps_messages, layer_options
-from .output import console, note, render, to_json, to_text, write
-from .running import opened, run
+from .output import console, note, render, to_json, to_text, watch_reader, write
+from .running import on_event, opened, run
 
 __all__ = ["listen"]
 
@@ -70,14 +70,17 @@ def listen(
       anyio-channels listen jobs --count 1 --timeout 5 --json
       anyio-channels listen -g room --json | jq .text
 
-    Exit codes: 0 when --count messages came, or it was stopped by Ctrl-C, or without --count by --timeout; 1 when --timeout
-    ended it before --count messages came, or the layer failed; 2 when called wrongly.
+    With a wrong key or format (--key-file, ?serializer_format=) it cannot read what it takes: it stops at the first such message.
+
+    Exit codes: 0 when --count messages came, or without --count it was stopped by Ctrl-C or --timeout; 1 when --timeout
+    ended it before --count messages came, or the layer failed; 130 when Ctrl-C did, 143 when SIGTERM did; 2 when called
+    wrongly.
     """
     if (channel is None) == (not groups):
         raise click.UsageError("name a CHANNEL to read, or groups with --group, and not both")
     layer = choice.make_shared_layer()
     _require_names(layer, channel, groups)
-    run(choice, partial(_listen, choice, layer, channel, groups, count, timeout, as_json), endless=True)
+    run(choice, partial(_listen, choice, layer, channel, groups, count, timeout, as_json), endless=count is None)
 
 
 def _require_names(layer: Any, channel: str | None, groups: tuple[str, ...]) -> None:
@@ -105,25 +108,56 @@ async def _listen(
     timeout: float | None,  # noqa: ASYNC109 - for each message
     as_json: bool,  # noqa: FBT001
 ) -> int:
-    screen = console()
-    async with opened(layer, choice), _source(layer, channel, groups) as receive:
+    async with opened(layer, choice), _source(layer, channel, groups) as receive, create_task_group() as tasks:
         what = ", ".join(f"group {group}" for group in groups) or f"channel {channel}"
-        taking = ", taking its messages from whoever else reads it" if channel and keeps_messages(layer) else ""
+        takes = channel is not None and keeps_messages(layer)
+        taking = ", taking its messages from whoever else reads it" if takes else ""
         note(f"Listening to {what} on {choice.shown}{taking} - Ctrl-C stops")
-        seen = 0
-        while count is None or seen < count:
-            message: Message | None = None
-            with move_on_after(timeout):
-                message = await receive()
-            if message is None:
-                return 0 if count is None else 1
-            seen += 1
-            if as_json:
-                await write(to_json(message))
-            else:
-                at = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
-                line = Text.assemble((f"{at} ", "dim"), to_text(message))
-                await write(render(screen, line, soft_wrap=True))
+        tasks.start_soon(watch_reader)
+        cannot_read = False
+
+        def stop() -> None:
+            nonlocal cannot_read
+            if takes:  # each more would be lost as well
+                cannot_read = True
+                tasks.cancel_scope.cancel()
+
+        with on_event("message.unreadable", stop):
+            code = await _show(receive, count, timeout, as_json)
+        tasks.cancel_scope.cancel()
+    if cannot_read:
+        raise click.ClickException(
+            f"what came on channel {channel} was taken and cannot be read: give the key (--key-file) and the serializer_format "
+            "of those who send"
+        )
+    return code
+
+
+async def _show(
+    receive: Callable[[], Awaitable[Message]],
+    count: int | None,
+    timeout: float | None,  # noqa: ASYNC109 - for each message
+    as_json: bool,  # noqa: FBT001
+) -> int:
+    """Print messages until there were enough, or none came in time; return the exit code."""
+    screen = console()
+    seen = 0
+    while count is None or seen < count:
+        message: Message | None = None
+        with move_on_after(timeout):
+            message = await receive()
+        if message is None:
+            if count is None:
+                return 0
+            note(f"no message came for {timeout} s; {seen} of {count} did before")
+            return 1
+        seen += 1
+        if as_json:
+            await write(to_json(message))
+        else:
+            at = datetime.now().astimezone().strftime("%H:%M:%S.%f")[:-3]
+            line = Text.assemble((f"{at} ", "dim"), to_text(message))
+            await write(render(screen, line, soft_wrap=True))
     return 0
 
 

@@ -21,7 +21,7 @@ import sys
 from typing import Any, Final
 
 import click
-from anyio import wait_readable, wait_writable
+from anyio import sleep_forever, wait_readable, wait_writable
 from rich.console import Console, RenderableType
 from rich.highlighter import JSONHighlighter
 from rich.text import Text
@@ -36,6 +36,7 @@ __all__ = [
     "render",
     "to_json",
     "to_text",
+    "watch_reader",
     "write",
 ]
 
@@ -86,6 +87,14 @@ async def write(text: str) -> None:
         raise NobodyReads from None
     except OSError as error:
         raise click.ClickException(f"cannot write the output: {error.strerror}") from error
+
+
+async def watch_reader() -> None:
+    """Raise ``NobodyReads`` when whoever reads standard output through a pipe is gone; otherwise it goes on for ever."""
+    if sys.stdout is not None and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+        await wait_readable(sys.stdout.fileno())  # what the system says of the end that writes, when nobody can read
+        raise NobodyReads
+    await sleep_forever()
 
 
 async def read_chunk() -> bytes:

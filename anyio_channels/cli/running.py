@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, NoReturn
 
 import anyio
@@ -23,7 +23,7 @@ from anyio import create_task_group, open_signal_receiver
 from .options import Choice
 from .output import NobodyReads, note, printable
 
-__all__ = ["TROUBLES", "Quiet", "opened", "run"]
+__all__ = ["TROUBLES", "Quiet", "on_event", "opened", "run"]
 
 TROUBLES: tuple[type[Exception], ...] = (OSError,)
 """What can go wrong with nobody at fault here."""
@@ -83,6 +83,28 @@ async def _supervise(main: Callable[[], Awaitable[int]], endless: bool) -> tuple
                     error = caught
             watching.cancel_scope.cancel()
     return code, error
+
+
+class _OnEvent(logging.Handler):
+    def __init__(self, event: str, call: Callable[[], object]) -> None:
+        super().__init__()
+        self._event = event
+        self._call = call
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "anyio_channels_event", None) == self._event:
+            self._call()
+
+
+@contextmanager
+def on_event(event: str, call: Callable[[], object]) -> Generator[None]:
+    """Have ``call`` called when an event of that name is logged in the block."""
+    handler = _OnEvent(event, call)
+    _logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        _logger.removeHandler(handler)
 
 
 class Quiet:

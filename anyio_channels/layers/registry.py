@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -139,10 +139,13 @@ def create_channel_layer(url: str, **options: Any) -> BaseChannelLayer:
     """
     if not isinstance(url, str):
         raise TypeError(f"a channel layer URL must be a str, not {type(url).__name__}")  # it may hold a password
-    create = _SCHEMES.get(urlsplit(url).scheme)
+    scheme = urlsplit(url).scheme
+    create = _SCHEMES.get(scheme)
     if create is None:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise ValueError(f"unknown channel layer URL scheme {urlsplit(url).scheme + '://'!r}; there are: {known}")
+        raise ValueError(f"unknown channel layer URL scheme {scheme + '://'!r}; there are: {known}")
+    if not url[len(scheme) :].startswith("://"):
+        raise ValueError(f"a channel layer URL has two slashes behind its scheme: {scheme}://...")
     return create(url, options)
 
 
@@ -184,6 +187,7 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
         ) from error
     # The query holds options of the layer and of the connection; the redis package reads the latter.
     pairs = parse_qsl(parts.query, keep_blank_values=True)
+    _require_options_of_urls(name for name, _ in pairs)
     in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
     rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
     place = url.partition("://")[2].partition("?")[0]
@@ -259,6 +263,19 @@ def _query_options(query: str, types: dict[str, Callable[[str], Any]]) -> dict[s
         except ValueError:
             raise ValueError(f"option {name} in a channel layer URL must be a number, not {text!r}") from None
     return found
+
+
+def _require_options_of_urls(names: Iterable[str]) -> None:
+    from .redis.endpoint import OPTIONS  # noqa: PLC0415 - as above
+
+    for name in names:
+        if name in _REDIS_OPTIONS and name not in _REDIS_TYPES:
+            raise TypeError(f"option {name!r} cannot be said in a channel layer URL: give it as a keyword argument")
+        if name not in _REDIS_TYPES and name not in OPTIONS:
+            raise TypeError(
+                f"unknown option {name!r} in a channel layer URL; there are: {', '.join(_REDIS_TYPES)}; and of the "
+                f"connection: {', '.join(sorted(OPTIONS))}"
+            )
 
 
 def _require_known_options(options: dict[str, Any], known: tuple[str, ...]) -> None:

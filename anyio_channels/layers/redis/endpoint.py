@@ -46,12 +46,13 @@ _TLS_OPTIONS: Final = frozenset(
         "ssl_context", "ssl_keyfile", "ssl_min_version", "ssl_password",
     }
 )  # fmt: skip
-_OPTIONS: Final = frozenset(
+OPTIONS: Final = frozenset(
     {
         "client_name", "credential_provider", "db", "host", "password", "path", "port", "socket_connect_timeout",
         "socket_timeout", "ssl", "unix_socket_path", "username",
     }
 ) | _TLS_OPTIONS  # fmt: skip
+"""All that may be said of a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +209,8 @@ def parse_host(host: Host) -> Endpoint:
     else:
         raise TypeError("an entry of hosts must be a URL, a (host, port) pair or a dict of options")
     for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(sorted(_OPTIONS))}")
+        if name not in OPTIONS:
+            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(sorted(OPTIONS))}")
     return _to_endpoint(options)
 
 
