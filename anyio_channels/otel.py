@@ -95,6 +95,10 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
         """
         if not isinstance(layer, BaseChannelLayer):
             raise TypeError(f"layer must be a BaseChannelLayer, not {layer!r}")
+        if isinstance(layer, OpenTelemetryChannelLayer):
+            raise TypeError(
+                f"{layer!r} has OpenTelemetry already; around it twice, the trace of a message would be lost"
+            )
         if not isinstance(name, str | None):
             raise TypeError(f"name must be a str, not {name!r}")
         super().__init__(

@@ -15,6 +15,7 @@ from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.layers.redis import checkup
 from anyio_channels.layers.redis.checkup import Finding, check_up
 
 pytestmark = pytest.mark.anyio
@@ -107,6 +108,26 @@ async def test_one_of_several(tmp_path: Path) -> None:
         assert [finding.server for finding in found if finding.check == "version"] == [
             f"Redis at {one.host}:{one.port}"
         ]
+
+
+async def test_one_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that dies while it is looked at does not keep the other from being checked."""
+    with server_with(tmp_path) as one, server_with(tmp_path) as two:
+        layers = [RedisChannelLayer([one.url, two.url], connect_timeout=0.5) for _ in range(2)]
+        check = checkup._Checkup._check_latency
+
+        async def die(self: Any, link: Any) -> None:
+            if str(one.port) in link.name:
+                one.kill()
+            await check(self, link)
+
+        monkeypatch.setattr(checkup._Checkup, "_check_latency", die)
+        found = await check_up(layers[0], layers[1])
+    verdicts = {(finding.check, finding.server): finding.verdict for finding in found}
+    first, second = (f"Redis at {server.host}:{server.port}" for server in (one, two))
+    assert verdicts["reached", first] == "wrong"
+    assert verdicts["commands", second] == "ok"
+    assert verdicts["messages", None] == "wrong"
 
 
 @both
@@ -323,3 +344,18 @@ async def test_each_right_that_is_missing_is_named(layer_class: Any, rule: str, 
         assert await find_wrong() == ""
         silent = [right for right in rights if right[1:].partition("|")[0] not in await find_wrong(right)]
         assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "left"), [("-unlink", 0), ("-pexpire -unlink", 0), ("-pexpire -unlink -del -zpopmin", 2)]
+)
+async def test_what_is_tried_is_removed_by_whatever_way_there_is(missing: str, left: int, tmp_path: Path) -> None:
+    """What a user must not do is no reason to leave keys behind; those that cannot be removed are named."""
+    with RedisServer(tmp_path) as server, server.client() as client:
+        client.execute_command("ACL", "SETUSER", "ann", "on", ">pw", "~*", "&*", "+@all", *missing.split())
+        url = server.url.replace("//", "//ann:pw@")
+        found = await check_up(RedisChannelLayer([url]), RedisChannelLayer([url]))
+        behind = [finding.found for finding in found if "left behind" in finding.found]
+        assert len(behind) == left + (left > 0)  # the mark cannot be popped from either
+        assert len([key for key in client.scan_iter("*doctor*") if client.ttl(key) == -1]) <= left
+        assert [finding.verdict for finding in found if finding.check == "keys" and not finding.server] == ["ok"]

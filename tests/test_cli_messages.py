@@ -20,7 +20,7 @@ from redis_server import RedisServer, wait_until
 from test_interop import side_by_side
 
 from anyio_channels import create_channel_layer
-from anyio_channels.cli.output import from_json, printable, to_json
+from anyio_channels.cli.output import from_json, printable, to_json, to_text
 from anyio_channels.sync import SyncChannelLayer
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -341,6 +341,8 @@ def test_a_terminal_is_told_text_only(redis_server: RedisServer) -> None:
         (["listen", "jobs", "--timeout", "0"], "--timeout"),
         (["listen", "jobs", "--timeout", "nan"], "no number of seconds"),
         (["stats", "--interval", "inf"], "no number of seconds"),
+        (["stats", "redis://ann:s3cret@host"], "extra argument (redis://***@host)"),
+        (["redis://ann:s3cret@host"], "'redis://***@host'"),
         (["send", "jobs"], "MESSAGE"),
         (["send", "jobs", "[]"], "must be an object"),
         (["send", "a b", "{}"], "CHANNEL"),
@@ -415,7 +417,7 @@ RedisChannelLayer.send = send
 def test_redis_goes_away(tmp_path: Path) -> None:
     """While Redis is away listen says so and goes on; send fails with one line."""
     with RedisServer(tmp_path) as server:
-        url = url_of(server, QUEUE, timeout=1, connect_timeout=1)
+        url = url_of(server, QUEUE)
         with listening("-g", "room", "--json", "--layer", url) as script:
             server.kill()
             assert "warning: Redis at" in script.errors.readline()
@@ -427,6 +429,31 @@ def test_redis_goes_away(tmp_path: Path) -> None:
                 pass
             assert line == "{}\n"
             assert script.end()[:2] == (0, "")
+
+
+def test_nobody_reads_the_warnings(tmp_path: Path) -> None:
+    """Where standard error is closed, a warning is lost, and listening goes on."""
+    with RedisServer(tmp_path) as server:
+        url = url_of(server, QUEUE)
+        with listening("-g", "room", "--json", "--layer", url) as script:
+            script.errors.close()
+            script.process.stderr = None
+            server.kill()
+            server.start()
+            assert "channel_layer.gap" in script.output.readline()
+            assert run("group-send", "room", "{}", "--layer", url).returncode == 0
+            while "channel_layer.gap" in (line := script.output.readline()):
+                pass
+            assert line == "{}\n"
+            assert script.end()[0] == 0
+
+
+def test_a_message_too_deep_for_json() -> None:
+    """One that Python cannot write as JSON is shown as such, and ends nothing."""
+    value: dict[str, Any] = {}
+    for _ in range(5000):
+        value = {"a": value}
+    assert json.loads(to_json(value)) == json.loads(to_text(value).plain) == {"__too_deep__": True}
 
 
 @pytest.mark.parametrize(

@@ -653,6 +653,8 @@ async def test_it_has_what_the_layer_has(telemetry: Telemetry) -> None:
 
 def test_what_cannot_be_wrapped() -> None:
     """A value that is no layer, or no name, is refused by name."""
+    with pytest.raises(TypeError, match="has OpenTelemetry already; around it twice"):
+        OpenTelemetryChannelLayer(OpenTelemetryChannelLayer(InMemoryChannelLayer()))
     with pytest.raises(TypeError, match="layer must be a BaseChannelLayer, not 'memory://'"):
         OpenTelemetryChannelLayer("memory://")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="name must be a str, not 5"):

@@ -6,7 +6,8 @@ Rules:
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Any, Final
 
 import click
 
@@ -24,6 +25,16 @@ __all__ = ["cli"]
 
 
 class _InOrder(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a URL in a wrong place is shown without its password."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            text = error.format_message()
+            if (censored := re.sub(r"//\S+@", "//***@", text)) != text:
+                raise click.UsageError(censored, error.ctx) from None
+            raise
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return the names as they were added, not by the alphabet."""
         return list(self.commands)

@@ -42,6 +42,7 @@ __all__ = [
 
 _BYTES: Final = "__bytes__"
 _FLOAT: Final = "__float__"
+_TOO_DEEP: Final = "__too_deep__"
 _CHUNK: Final = 65536
 _WIDE: Final = 1000
 _HIGHLIGHTER: Final = JSONHighlighter()
@@ -122,14 +123,13 @@ def render(to: Console, *things: RenderableType, soft_wrap: bool = False) -> str
 
 
 def to_json(value: Any) -> str:
-    """Return ``value`` as one line of JSON."""
-    return json.dumps(_plain(value), allow_nan=False)
+    """Return ``value`` as one line of JSON; what is too deep for Python's own JSON is an object that says so."""
+    return _dump(value, ensure_ascii=True)
 
 
 def to_text(value: Any) -> Text:
     """Return ``value`` as JSON for people, coloured, without a character that a terminal would obey."""
-    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
-    return _HIGHLIGHTER(printable(text))
+    return _HIGHLIGHTER(printable(_dump(value, ensure_ascii=False)))
 
 
 def printable(text: str) -> str:
@@ -145,6 +145,13 @@ def from_json(text: str) -> Any:
         raise ValueError(f"it is no JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
         raise ValueError("its values are too deep in one another") from error
+
+
+def _dump(value: Any, *, ensure_ascii: bool) -> str:
+    try:
+        return json.dumps(_plain(value), ensure_ascii=ensure_ascii, allow_nan=False)
+    except RecursionError:
+        return json.dumps({_TOO_DEEP: True})
 
 
 def _plain(value: Any) -> Any:

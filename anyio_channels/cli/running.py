@@ -39,8 +39,9 @@ class _ToStandardError(logging.Handler):
     """Shows a warning as a line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        note(printable(f"{record.levelname.lower()}: {record.getMessage()}"))
+        """Write one record, if anybody reads it: what is logged must not end what logs it."""
+        with suppress(OSError, ValueError):
+            note(printable(f"{record.levelname.lower()}: {record.getMessage()}"))
 
 
 def run(choice: Choice, main: Callable[[], Awaitable[int]], *, endless: bool = False) -> NoReturn:

@@ -194,6 +194,12 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     tail = f"?{rest}" if rest else ""
     login, at, nodes = place.rpartition("@")
     names, slash, path = nodes.partition("/")
+    if "," in names and not all(names.split(",")):
+        raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
+    if "," in place and "@" in login:
+        raise ValueError(
+            "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
+        )
     is_cluster = server.endswith("+cluster")
     if is_cluster:
         server = server.removesuffix("+cluster")

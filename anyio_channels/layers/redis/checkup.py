@@ -11,6 +11,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_hex
 from statistics import median
@@ -136,14 +137,19 @@ class _Checkup:
         self.name = f"doctor.{token_hex(8)}"
         self.offsets: dict[str, float] = {}
         self.refused = False
+        self.tried: dict[Link, tuple[str, ...]] = {}
 
     def note(self, check: str, server: str | None, verdict: Verdict, found: str, advice: str = "") -> None:
         self.findings.append(Finding(check, server, verdict, found, advice if verdict != "ok" else ""))
 
     async def run(self) -> None:
         reached = await self._reach()
-        for link in reached:
-            await self._look_after(link)
+        for link in tuple(reached):
+            try:
+                await self._look_after(link)
+            except redis.exceptions.RedisError as error:  # it went away; the others are looked at
+                self.findings.append(_unreached(link.name, error))
+                reached.remove(link)
         if len(self.offsets) > 1:
             self._compare_clocks()
         if reached:
@@ -275,11 +281,15 @@ class _Checkup:
             else self._pubsub_trials(link)
         )
         refused: list[redis.exceptions.ResponseError] = []
-        for trial in trials:
-            try:
-                await trial()
-            except redis.exceptions.ResponseError as error:
-                refused.append(error)
+        try:
+            for trial in trials:
+                try:
+                    await trial()
+                except redis.exceptions.ResponseError as error:
+                    refused.append(error)
+        finally:
+            with CancelScope(shield=True):
+                await self._clean_up(link)
         if refused:
             self.refused = True
             said = "; ".join(dict.fromkeys(str(error).removeprefix(f"{link.name}: ") for error in refused))
@@ -287,6 +297,20 @@ class _Checkup:
         else:
             found = f"all {len(trials)} calls that the layer makes are allowed and work"
             self.note("commands", link.name, "ok", found if trials else "nothing of this prefix is kept here")
+
+    async def _clean_up(self, link: Link) -> None:
+        """Remove what was tried with, by whatever this user may do."""
+        for key in self.tried.get(link, ()):
+            ways = (("UNLINK", key), ("DEL", key), ("PEXPIRE", key, _SECONDS * 1000), ("ZPOPMIN", key, _TRIES))
+            for way in ways:
+                try:
+                    await link.execute(*way)
+                    break
+                except redis.exceptions.ResponseError:
+                    continue
+            else:
+                advice = "delete it: this user may make keys, but neither remove them nor have them expire"
+                self.note("keys", link.name, "warning", f"may be left behind: {key!r}", advice)
 
     def _queue_trials(self, link: Link, layer: RedisChannelLayer) -> list[Callable[[], Awaitable[Any]]]:
         """Every command and script of the queue layer, with keys that nobody else has."""
@@ -297,8 +321,10 @@ class _Checkup:
         key, group, mark = (name or "" for name in found)
         if not key:
             return []  # a prefix with a tag keeps all on another node
+        self.tried[link] = (key, group, mark)
         room, note = layer.room_key(key), layer.note_key(key)
         entry = token_hex(16)
+        pops_many = link.connection is not None and link.connection.version >= _POPS_MANY
 
         def run(*command: Any) -> Callable[[], Awaitable[Any]]:
             return lambda: link.execute(*command)
@@ -319,9 +345,8 @@ class _Checkup:
                 call(POP, [key, room], 1, _SECONDS),
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
                 run("BZPOPMIN", key, 1),
+                *([run("BZMPOP", 1, 1, key, "MIN")] if pops_many else []),
             ]
-            if link.connection is not None and link.connection.version >= _POPS_MANY:
-                messages.append(run("BZMPOP", 1, 1, key, "MIN"))
         return [
             *messages,
             run("CLIENT", "ID"),
@@ -393,6 +418,7 @@ class _Checkup:
             for pattern in ("*:prefix*", "*:group:*"):
                 marked |= shown_prefixes(await self.view.scan(link, pattern))
             under = await self.view.scan(link, glob_escaped(self.layer.prefix) + "*")
+            under = {key for key in under if self.name.encode() not in key}
             strange = odd_keys(ours, under)
             odd |= strange
             ordinary = sorted(set(keys_of(ours, under)) - strange)
@@ -455,7 +481,8 @@ class _Checkup:
             with CancelScope(shield=True):  # also who interrupts leaves nothing behind
                 for link, key in marks:
                     if key is not None:
-                        await link.execute("UNLINK", key)
+                        with suppress(redis.exceptions.RedisError):  # which was said above
+                            await link.execute("UNLINK", key)
 
     async def _go_round(self) -> float:
         async with self.trial.subscribe(self.name) as inbox:
