@@ -20,7 +20,7 @@ from contextvars import ContextVar, Token
 from dataclasses import fields
 from time import monotonic
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 from anyio import ClosedResourceError
@@ -118,7 +118,6 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
             self._attributes["server.address"], port = layer.server
             if port is not None:
                 self._attributes["server.port"] = port
-        self._past: dict[str, int] = {}
         self._troubles = Troubles(monotonic, _QUIET, self)
 
     def __repr__(self) -> str:
@@ -136,14 +135,12 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
             self._failed(error)
 
     async def close(self) -> None:
-        """Close the wrapped layer; its metrics end."""
+        """Close the wrapped layer; of its metrics the counters stay, and the others end."""
         await super().close()
-        was_watched = _forget(self)
         try:
             await self.layer.close()
         finally:
-            if was_watched:
-                self._keep_counts()
+            _forget(self)
             self._troubles.close()
 
     async def __aexit__(
@@ -330,20 +327,10 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
 
     # Metrics
 
-    def _keep_counts(self) -> None:
-        """What it counted is kept, for a layer that is opened again begins at zero, and counters never go back."""
-        try:
-            self._past = self.counts()
-        except Exception as error:  # noqa: BLE001 - the layer must be closed
-            self._failed(error)
-
     def counts(self) -> dict[str, int]:
-        """Return ``statistics()`` by field; what only grows, since the layer was made. For the metrics."""
+        """Return ``statistics()`` by field. For the metrics."""
         statistics = self.layer.statistics()
-        found: dict[str, int] = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
-        for field in _GROWING & found.keys():
-            found[field] += self._past.get(field, 0)
-        return found
+        return {field.name: getattr(statistics, field.name) for field in fields(statistics)}
 
     def note_failure(self, error: Exception) -> None:
         """Its statistics could not be read. For the metrics."""
@@ -434,7 +421,8 @@ def _mark(span: Span, error: BaseException) -> None:
 
 
 # Metrics: OpenTelemetry cannot take an instrument back, so there is one set for each provider, which asks the layers that
-# are open. A layer that is left open and forgotten is not kept alive by it.
+# are open. A layer that is left open and forgotten is not kept alive by it. What closed layers counted is kept, by their names:
+# counters never go back, and the last collection comes when all is closed.
 
 _GROWING: Final = frozenset(
     {
@@ -463,7 +451,11 @@ _METRICS: Final[tuple[tuple[str, str, str, tuple[str, ...]], ...]] = (
 )
 _lock: Final = threading.Lock()
 _open_layers: Final[WeakSet[OpenTelemetryChannelLayer]] = WeakSet()
-_providers: Final[WeakKeyDictionary[object, None]] = WeakKeyDictionary()
+_Counts: TypeAlias = dict[tuple[str, str], int]
+_providers: Final[WeakKeyDictionary[object, _Counts]] = WeakKeyDictionary()
+"""The providers that were given, with what closed layers counted, by name and field."""
+_closed_in_process: Final[_Counts] = {}
+"""The same of layers to which none was given."""
 _OF_THE_PROCESS: Final = threading.Event()  # set when the process's provider has its instruments
 
 
@@ -477,16 +469,29 @@ def _watch(layer: OpenTelemetryChannelLayer) -> None:
             _OF_THE_PROCESS.set()
         else:
             is_new = provider not in _providers
-            _providers[provider] = None
+            _providers.setdefault(provider, {})
     if is_new:
         _make_instruments(provider)
 
 
-def _forget(layer: OpenTelemetryChannelLayer) -> bool:
-    with _lock:
-        was_open = layer in _open_layers
-        _open_layers.discard(layer)
-        return was_open
+def _forget(layer: OpenTelemetryChannelLayer) -> None:
+    """``layer`` was closed: what it counted is kept."""
+    try:
+        with _lock:
+            if layer in _open_layers:
+                _open_layers.discard(layer)
+                provider = layer.meter_provider
+                kept = _closed_in_process if provider is None else _providers.setdefault(provider, {})
+                _add(kept, layer, tuple(_GROWING))
+    except Exception as error:  # noqa: BLE001 - the layer must be closed
+        layer.note_failure(error)
+
+
+def _add(sums: _Counts, layer: OpenTelemetryChannelLayer, names: tuple[str, ...]) -> None:
+    counts = layer.counts()
+    for name in names:
+        if name in counts:
+            sums[layer.name, name] = sums.get((layer.name, name), 0) + counts[name]
 
 
 def _make_instruments(provider: MeterProvider | None) -> None:
@@ -499,24 +504,26 @@ def _make_instruments(provider: MeterProvider | None) -> None:
 def _observer(
     provider: MeterProvider | None, names: tuple[str, ...]
 ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-    """Return what an instrument calls: the sums over the open layers, by their names."""
+    """Return what an instrument calls: the sums over the layers, by their names."""
 
     def observe(_: CallbackOptions) -> list[Observation]:
         here = metrics.get_meter_provider() if provider is None else provider
-        with _lock:
-            layers = list(_open_layers)
-        sums: dict[tuple[str, str], int] = {}
-        for layer in layers:
-            if (layer.meter_provider or metrics.get_meter_provider()) is not here:
-                continue
-            try:
-                counts = layer.counts()
-            except Exception as error:  # noqa: BLE001 - the other layers are to be seen
-                layer.note_failure(error)
-                continue
-            for name in names:
-                if name in counts:
-                    sums[layer.name, name] = sums.get((layer.name, name), 0) + counts[name]
+        failures: list[tuple[OpenTelemetryChannelLayer, Exception]] = []
+        sums: _Counts = {}
+        with _lock:  # a layer that is being closed counts once
+            for owner, kept in ((None, _closed_in_process), *_providers.items()):
+                if (owner or metrics.get_meter_provider()) is here:
+                    for key, count in kept.items():
+                        if key[1] in names:
+                            sums[key] = sums.get(key, 0) + count
+            for layer in _open_layers:
+                if (layer.meter_provider or metrics.get_meter_provider()) is here:
+                    try:
+                        _add(sums, layer, names)
+                    except Exception as error:  # noqa: BLE001 - the other layers are to be seen
+                        failures.append((layer, error))
+        for layer, failure in failures:
+            layer.note_failure(failure)
         return [Observation(value, _attributes_of(*key)) for key, value in sums.items()]
 
     return observe
