@@ -211,7 +211,8 @@ class BaseChannelLayer:
         room instead, in turn with others who wait, for as long as the caller's cancel scope allows. ``TypeError`` and
         ``MessageTooLarge`` for what breaks the rules for names and messages, ``anyio.ClosedResourceError`` when closed.
 
-        If cancelled, nothing was sent.
+        If cancelled, it was sent or it was not: not, in memory and while it waits for room; on Redis it may have been on its
+        way already.
         """
         raise self._not_implemented("send")
 
