@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -286,6 +287,19 @@ def test_a_reader_that_stands_still(redis_server: RedisServer) -> None:
             assert script.output.read(1) == "{"
         script.process.send_signal(signal.SIGINT)
         assert script.process.wait(60) == 0
+
+
+def test_an_output_that_nobody_reads(redis_server: RedisServer) -> None:
+    """A command whose reader went away before it began does its work, and ends quietly."""
+    url = url_of(redis_server, QUEUE)
+    reading, writing = os.pipe()
+    os.close(reading)
+    options: dict[str, Any] = {"capture_output": False, "stdout": writing, "stderr": subprocess.PIPE}
+    result = run("send", "jobs", '{"n": 1}', "--layer", url, **options)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
+    with SyncChannelLayer(create_channel_layer(url)) as layer:
+        assert layer.receive("jobs", timeout=60) == {"n": 1}
 
 
 def test_standard_streams_that_are_no_pipes(redis_server: RedisServer, tmp_path: Path) -> None:

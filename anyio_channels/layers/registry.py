@@ -187,7 +187,7 @@ def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
         ) from error
     # The query holds options of the layer and of the connection; the redis package reads the latter.
     pairs = parse_qsl(parts.query, keep_blank_values=True)
-    _require_options_of_urls(name for name, _ in pairs)
+    _require_options_of_urls(server, [name for name, _ in pairs])
     in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
     rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
     place = url.partition("://")[2].partition("?")[0]
@@ -271,16 +271,19 @@ def _query_options(query: str, types: dict[str, Callable[[str], Any]]) -> dict[s
     return found
 
 
-def _require_options_of_urls(names: Iterable[str]) -> None:
+def _require_options_of_urls(scheme: str, names: Iterable[str]) -> None:
     from .redis.endpoint import OPTIONS  # noqa: PLC0415 - as above
 
+    known = sorted(OPTIONS)
+    if scheme.endswith("+sentinel"):
+        known += ["sentinel_password", "sentinel_username"]
     for name in names:
         if name in _REDIS_OPTIONS and name not in _REDIS_TYPES:
             raise TypeError(f"option {name!r} cannot be said in a channel layer URL: give it as a keyword argument")
-        if name not in _REDIS_TYPES and name not in OPTIONS:
+        if name not in _REDIS_TYPES and name not in known:
             raise TypeError(
                 f"unknown option {name!r} in a channel layer URL; there are: {', '.join(_REDIS_TYPES)}; and of the "
-                f"connection: {', '.join(sorted(OPTIONS))}"
+                f"connection: {', '.join(known)}"
             )
 
 
