@@ -72,8 +72,8 @@ ALLOWED = {
         "layers.redis.link", "layers.redis.queue", "layers.redis.topology",
     },
     "layers.redis.checkup": {
-        "anyio", "redis", "layers.redis.keys", "layers.redis.layer", "layers.redis.link", "layers.redis.queue",
-        "layers.redis.scripts", "layers.redis.survey",
+        "anyio", "redis", "layers.redis.keys", "layers.redis.layer", "layers.redis.link", "layers.redis.pop",
+        "layers.redis.queue", "layers.redis.scripts", "layers.redis.survey",
     },
     "layers.registry": {"layers.base", "layers.memory", "layers.redis", "layers.redis.endpoint"},
     "otel": {"anyio", "exceptions", "layers.base", "log", "opentelemetry"},

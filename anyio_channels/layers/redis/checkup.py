@@ -23,6 +23,7 @@ from anyio import CancelScope, create_task_group, fail_after
 from .keys import glob_escaped, keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 from .layer import RedisLayer
 from .link import Link
+from .pop import POPS_MANY
 from .queue import RedisChannelLayer
 from .scripts import CLUSTERED, GIVE_BACK, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, POP, SEND, TICK
 from .survey import ServerSeen, Survey, ask_all, ask_server
@@ -33,7 +34,6 @@ Verdict = Literal["ok", "warning", "wrong", "unknown"]
 
 _OLDEST: Final = (6, 2)
 _OLDEST_CLUSTER: Final = (7, 0)
-_POPS_MANY: Final = (7, 0)
 _PINGS: Final = 20
 _FAR: Final = 0.010
 """Seconds of a round trip from which on it is worth saying."""
@@ -324,7 +324,7 @@ class _Checkup:
         self.tried[link] = (key, group, mark)
         room, note = layer.room_key(key), layer.note_key(key)
         entry = token_hex(16)
-        pops_many = link.connection is not None and link.connection.version >= _POPS_MANY
+        pops_many = link.connection is not None and link.connection.version >= POPS_MANY
 
         def run(*command: Any) -> Callable[[], Awaitable[Any]]:
             return lambda: link.execute(*command)

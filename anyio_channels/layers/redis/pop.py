@@ -23,9 +23,11 @@ from .scripts import POP
 if TYPE_CHECKING:
     from .intake import QueueChannel, QueueIntake
 
-__all__ = ["PASSING", "Popper"]
+__all__ = ["PASSING", "POPS_MANY", "Popper"]
 
 _DRAIN: Final = 1000
+POPS_MANY: Final = (7, 0)
+"""The version of Redis from which on one pop takes many."""
 """How many messages are popped at once from what only this process reads."""
 PASSING: Final = (
     redis.exceptions.ConnectionError,
@@ -72,7 +74,7 @@ class Popper:
 
     async def _ask_for_id(self, connection: Connection) -> None:
         self._client_id = await connection.execute("CLIENT", "ID")
-        self.pops_many = connection.version >= (7, 0)
+        self.pops_many = connection.version >= POPS_MANY
 
     def _up(self, connection: Connection) -> None:  # noqa: ARG002 - the pop asks for it
         if self.link.connects > 1:
