@@ -191,6 +191,12 @@ class RedisServer:
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
+    def is_primary(self) -> bool:
+        """Whether it is one, by its own word. A sentinel that promotes it cuts off whoever asks at that moment."""
+        with suppress(redis.ConnectionError), self.client() as client:
+            return bool(client.role()[0] == b"master")
+        return False
+
     def _launch(self) -> None:
         command = [find_redis_server(), *self._arguments()]
         with self.log.open("ab") as log:
@@ -319,9 +325,8 @@ class Sentinels:
     def primary(self) -> RedisServer:
         """The server that is the primary now, by its own word."""
         for server in self.servers:
-            with suppress(redis.RedisError), server.client() as client:
-                if client.role()[0] == b"master":
-                    return server
+            if server.is_primary():
+                return server
         raise RuntimeError("there is no primary")
 
 

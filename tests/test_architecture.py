@@ -52,7 +52,7 @@ ALLOWED = {
     "layers.redis.intake": {
         "anyio", "redis", "layers.base", "layers.codec", "layers.local", "layers.mailbox", "layers.redis.connection",
         "layers.redis.layer", "layers.redis.link", "layers.redis.notices", "layers.redis.pop", "layers.redis.scripts",
-        "layers.redis.subscriptions", "log",
+        "layers.redis.subscriptions", "layers.redis.twice", "log",
     },
     "layers.redis.queue": {
         "anyio", "exceptions", "redis", "layers.base", "layers.codec", "layers.mailbox", "layers.redis.connection",

@@ -32,6 +32,7 @@ from .notices import Notices
 from .pop import PASSING, Popper
 from .scripts import CLUSTERED, GIVE_BACK, POP
 from .subscriptions import Subscriptions
+from .twice import Taken
 
 __all__ = ["Failure", "Popped", "QueueChannel", "QueueIntake"]
 
@@ -117,6 +118,7 @@ class QueueIntake(RedisLayer):
     def _reset(self) -> None:
         super()._reset()
         self._expired_there = 0
+        self._taken = Taken()
         self.least_capacity: int = min([self.capacity, *(capacity for _, capacity in self.channel_capacity)])
         """The smallest capacity that a channel may have. For parts of the layer."""
         self._poppers: dict[Link, Popper | Notices] = {}
@@ -243,6 +245,8 @@ class QueueIntake(RedisLayer):
 
     def put_normal(self, channel: QueueChannel, entry: bytes, score: bytes | str, server_time: float) -> None:
         """A message to a normal channel came. For parts of the layer."""
+        if not self._taken.is_new(channel.key, entry, float(score)):
+            return
         try:
             message = self._codec.decode_body(self._codec.unseal(entry))
         except Unreadable as why:
@@ -299,6 +303,8 @@ class QueueIntake(RedisLayer):
         if not items:
             return
         key = channel.key
+        for item in items:
+            self._taken.forget(key, item.entry, float(item.score))
         arguments = [part for item in items for part in (item.score, item.entry)]
 
         def done(request: Request) -> None:
@@ -339,6 +345,8 @@ class QueueIntake(RedisLayer):
 
     def put_own(self, key: str, start: str, entry: bytes, score: float, server_time: float) -> None:
         """A message for channels of this process came, whose names begin with ``start``. For parts of the layer."""
+        if not self._taken.is_new(key, entry, score):
+            return
         try:
             message = self._codec.decode_body(self._codec.unseal(entry))
             names = message.pop(RESERVED_KEY, None)

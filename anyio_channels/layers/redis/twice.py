@@ -1,7 +1,13 @@
-"""What tells a message that was heard already, or that comes too late, where a cluster may say it twice.
+"""What tells a message that came already, or that comes too late, where Redis may hand it out twice.
 
-While a node takes over from another, both hand on what is published in their shard, each in its own time. So each message
-begins with who sent it and a number that grows; of each sender, what does not come after the last one heard is dropped.
+Pub/sub in a cluster: while a node takes over from another, both hand on what is published in their shard, each in its own
+time. So each message begins with who sent it and a number that grows; of each sender, what does not come after the last one
+heard is dropped.
+
+Queues: replication is asynchronous, so a replica that is promoted may hold what the old primary had handed out already, as may
+a server that was restarted from its disk. So what was popped of late is remembered by its key, its score and its first bytes,
+which no two messages share: the score is the time at the server, where no two in a channel have the same, and bytes begin
+at random.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import secrets
 from collections import OrderedDict
 from typing import Final
 
-__all__ = ["MARK_LENGTH", "Heard", "Marks"]
+__all__ = ["MARK_LENGTH", "Heard", "Marks", "Taken"]
 
 _SENDER: Final = 8
 _NUMBER: Final = 4
@@ -19,6 +25,9 @@ MARK_LENGTH: Final = _SENDER + _NUMBER
 _NUMBERS: Final = 1 << (8 * _NUMBER)
 _MOST: Final = 65536
 """So many senders and channels are remembered."""
+_BEGINNING: Final = 64
+_GENERATION: Final = 16384
+"""So many of the messages popped last are remembered at least, and twice as many at most."""
 
 
 class Marks:
@@ -52,3 +61,28 @@ class Heard:
         if len(self._last) > _MOST:
             self._last.popitem(last=False)
         return is_new
+
+
+class Taken:
+    """Remembers which messages were popped of late."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._young: set[int] = set()
+        self._old: set[int] = set()
+
+    def is_new(self, key: str, entry: bytes, score: float) -> bool:
+        """Whether ``entry`` of ``key`` was not popped before; it is remembered from now on."""
+        mark = hash((key, score, entry[:_BEGINNING]))
+        if mark in self._young or mark in self._old:
+            return False
+        self._young.add(mark)
+        if len(self._young) >= _GENERATION:
+            self._old, self._young = self._young, set()
+        return True
+
+    def forget(self, key: str, entry: bytes, score: float) -> None:
+        """``entry`` goes back to where it was popped, and may be popped again."""
+        mark = hash((key, score, entry[:_BEGINNING]))
+        self._young.discard(mark)
+        self._old.discard(mark)
