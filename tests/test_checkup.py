@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio import CancelScope
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis import checkup
 from anyio_channels.layers.redis.checkup import Finding, check_up
+from anyio_channels.layers.redis.link import Link
 
 pytestmark = pytest.mark.anyio
 
@@ -74,6 +78,64 @@ async def test_the_mark_of_an_open_layer_stays(tmp_path: Path) -> None:
             assert set(client.keys("*")) - {b"asgi:wake:" + layer.client.encode()} == before
             await layer.group_send("room", {"type": "still.here"})
             assert await inbox.receive() == {"type": "still.here"}
+
+
+async def interrupt_at_each_command(
+    kind: Kind, directory: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]
+) -> None:
+    """Have ``run`` cancel a check at its first command, then one at its second, and so on; nothing may be left by any."""
+    execute = Link.execute
+    countdown = itertools.count()
+
+    async def counted(link: Link, *command: Any) -> Any:
+        if next(countdown) == number:
+            cancel()
+        return await execute(link, *command)
+
+    def on_cancel(call: Callable[[], object]) -> None:
+        nonlocal cancel
+        cancel = call
+
+    cancel: Callable[[], object] = int
+    monkeypatch.setattr(Link, "execute", counted)
+    with server_with(directory) as server, server.client() as client:
+        for number in itertools.count():
+            countdown = itertools.count()
+            was_cancelled = await run(on_cancel, partial(findings, kind, server.url))
+            assert client.keys("*") == [], f"interrupted at command {number}"
+            if next(countdown) <= number:  # it does not send so many
+                break
+    assert not was_cancelled
+    assert number > 10
+
+
+@both
+async def test_interrupted_at_any_point(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of its commands a cancelled scope meets, nothing stays in Redis."""
+
+    async def run(on_cancel: Callable[..., None], check: Callable[[], Any]) -> bool:
+        with CancelScope() as scope:
+            on_cancel(scope.cancel)
+            await check()
+        return scope.cancelled_caught
+
+    await interrupt_at_each_command(kind, tmp_path, monkeypatch, run)
+
+
+@both
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_interrupted_by_asyncio_s_own_cancellation(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for ``task.cancel()``."""
+
+    async def run(on_cancel: Callable[..., None], check: Callable[[], Any]) -> bool:
+        task = asyncio.create_task(check())
+        on_cancel(task.cancel)
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    await interrupt_at_each_command(kind, tmp_path, monkeypatch, run)
 
 
 @both

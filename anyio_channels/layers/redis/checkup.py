@@ -44,6 +44,8 @@ _TRIES: Final = 1000
 """Of so many names, one is owned by each node of a cluster."""
 _SECONDS: Final = 10
 """How long what is tried would stay if this process were killed."""
+_BRIEFLY: Final = 0.01
+"""So many seconds a blocking pop that is tried out may wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,8 @@ class _Checkup:
         self.tried[link] = (key, group, mark)
         room, note = layer.room_key(key), layer.note_key(key)
         entry = token_hex(16)
-        pops_many = link.connection is not None and link.connection.version >= POPS_MANY
+        # In a cluster nothing waits in a pop.
+        pops_many = not layer.cluster and link.connection is not None and link.connection.version >= POPS_MANY
 
         def run(*command: Any) -> Callable[[], Awaitable[Any]]:
             return lambda: link.execute(*command)
@@ -344,8 +347,7 @@ class _Checkup:
                 call(SEND, [key], entry, 10, _SECONDS),
                 call(POP, [key, room], 1, _SECONDS),
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
-                run("BZPOPMIN", key, 1),
-                *([run("BZMPOP", 1, 1, key, "MIN")] if pops_many else []),
+                run("BZPOPMIN", key, _BRIEFLY),
             ]
         return [
             *messages,
@@ -353,6 +355,7 @@ class _Checkup:
             # What the scripts call: where one is forbidden, Redis 7.0 does not say which.
             run("TIME"),
             run("ZADD", key, 0, entry),
+            *([run("BZMPOP", _BRIEFLY, 1, key, "MIN")] if pops_many else []),
             run("PEXPIRE", key, _SECONDS * 1000),
             run("ZCOUNT", key, "-inf", 0),
             run("ZREMRANGEBYSCORE", key, "-inf", -1),

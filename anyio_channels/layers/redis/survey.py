@@ -157,7 +157,8 @@ class Survey:
         if layer.is_open:
             raise RuntimeError(f"a survey takes a layer that is not open, and connects by itself; {layer!r} is open")
         await self._topology.open(self._make_link, self._serve, lambda *_: None, layer)
-        self._scope = CancelScope()
+        # Whoever cancels all around the block may have something to remove yet, for which the connections are needed.
+        self._scope = CancelScope(shield=True)
         self._tasks = create_task_group()
         await self._tasks.__aenter__()
         self._tasks.start_soon(self._live)
