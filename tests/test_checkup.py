@@ -85,6 +85,7 @@ async def interrupt_at_each_command(
 ) -> None:
     """Have ``run`` cancel a check at its first command, then one at its second, and so on; nothing may be left by any."""
     execute = Link.execute
+    cancel: Callable[[], object] = int
     countdown = itertools.count()
 
     async def counted(link: Link, *command: Any) -> Any:
@@ -96,7 +97,6 @@ async def interrupt_at_each_command(
         nonlocal cancel
         cancel = call
 
-    cancel: Callable[[], object] = int
     monkeypatch.setattr(Link, "execute", counted)
     with server_with(directory) as server, server.client() as client:
         for number in itertools.count():
