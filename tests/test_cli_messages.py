@@ -222,7 +222,7 @@ def test_a_line_that_is_no_message(line: str, trouble: str, redis_server: RedisS
 
 @backends
 def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> None:
-    """send ends by Ctrl-C with 130, while it waits for room as well as for its next line."""
+    """send ends by Ctrl-C with 130, while it waits for room as well as for its next line, and says what was sent."""
     prefix = new_prefix()
     url = url_of(redis_server, QUEUE, capacity=1, prefix=prefix)
     with SyncChannelLayer(create_channel_layer(url)) as layer:
@@ -236,7 +236,9 @@ def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> 
             given.flush()
             with redis_server.client() as client:
                 wait_until(lambda: client.keys(f"{prefix}:room:*"))
-            assert script.end()[0] == 130
+            code, _, errors = script.end()
+            assert code == 130
+            assert errors == "0 messages sent before that; line 1 of standard input may have been sent too\n"
     url = url_of(redis_server, QUEUE)
     with Running("send", "jobs", "-", "--layer", url, "--backend", backend, stdin=subprocess.PIPE) as script:
         given = script.process.stdin
@@ -245,7 +247,13 @@ def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> 
         given.flush()
         with SyncChannelLayer(create_channel_layer(url)) as layer:
             assert layer.receive("jobs", timeout=60) == {"n": 2}
-        assert script.end(signal.SIGTERM)[0] == 143
+        script.process.send_signal(signal.SIGTERM)
+        assert script.process.wait(60) == 143  # with its input open
+        # The message was received; whether its sender had heard of it by then is open.
+        assert script.errors.read() in {
+            "1 message sent before that\n",
+            "0 messages sent before that; line 1 of standard input may have been sent too\n",
+        }
 
 
 @backends

@@ -7,10 +7,12 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 import click
+from anyio import get_cancelled_exc_class
 
 from anyio_channels.exceptions import ChannelFull, MessageTooLarge
 from anyio_channels.layers import BaseChannelLayer
@@ -120,16 +122,24 @@ async def _send(
     as_json: bool,  # noqa: FBT001
 ) -> int:
     sent = 0
+    under_way = ""
     async with opened(layer, choice):
         if first is not None:
             await _send_checked(send_one, first, "MESSAGE")
             sent = 1
         else:
             try:
-                async for number, line in _lines():
-                    where = f"line {number} of standard input"
-                    await _send_checked(send_one, _parse(line, where), where)
-                    sent += 1
+                async with aclosing(_lines()) as lines:
+                    async for number, line in lines:
+                        where = f"line {number} of standard input"
+                        message = _parse(line, where)
+                        under_way = f"; {where} may have been sent too"
+                        await _send_checked(send_one, message, where)
+                        sent += 1
+                        under_way = ""
+            except get_cancelled_exc_class():
+                note(f"{_counted(sent, 'message')} sent before that{under_way}")
+                raise
             except Exception as error:
                 if isinstance(error, (click.ClickException, *TROUBLES)):
                     note(f"{_counted(sent, 'message')} sent before that")
