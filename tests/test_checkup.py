@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from anyio import CancelScope
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
-from redis_server import RedisServer, TLSProxy, make_certificates, new_directory, wait_until
+from redis_server import RedisCluster, RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis import checkup
@@ -378,34 +378,58 @@ async def test_pubsub_beside_another_prefix(tmp_path: Path) -> None:
         assert "'other'" in found["prefix"].found
 
 
-RULES = re.findall(
-    r"^ACL SETUSER (.+)$", (Path(__file__).parent.parent / "docs/howto/deploying.md").read_text("utf-8"), re.MULTILINE
-)
+RULES = {
+    rule.partition(" ")[0]: rule
+    for rule in re.findall(
+        r"^ACL SETUSER (.+)$",
+        (Path(__file__).parent.parent / "docs/howto/deploying.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+}
+
+
+async def look_for_each_missing_right(user: str, servers: Sequence[RedisServer], make: Callable[[str], Any]) -> None:
+    """With the rights that the documentation gives, all is well; without any one of them, the check-up says which it is."""
+    words = RULES[user].split()[1:]
+    rights = [word for word in words if word.startswith("+") and word != "+hello"]  # Redis lets everybody say HELLO
+    assert len(rights) >= 5
+
+    async def find_wrong(missing: str = "") -> str:
+        for server in servers:
+            with server.client() as client:
+                client.acl_deluser(user)
+                client.execute_command("ACL", "SETUSER", user, *(word for word in words if word != missing))
+        found = await check_up(make(f"{user}:secret@"), make(f"{user}:secret@"))
+        return " ".join(finding.found.lower() for finding in found if finding.verdict == "wrong")
+
+    assert await find_wrong() == ""
+    silent = [right for right in rights if right[1:].partition("|")[0] not in await find_wrong(right)]
+    assert silent == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layer_class", "rule"),
-    list(zip((RedisChannelLayer, RedisPubSubChannelLayer), RULES, strict=True)),
-    ids=["queue", "pubsub"],
-)
-async def test_each_right_that_is_missing_is_named(layer_class: Any, rule: str, tmp_path: Path) -> None:
-    """With the rights that the documentation gives, all is well; without any one of them, the check-up says which it is."""
-    user, *words = rule.split()
-    rights = [word for word in words if word.startswith("+") and word != "+hello"]  # Redis lets everybody say HELLO
-    assert len(rights) >= 5
-    with RedisServer(tmp_path) as server, server.client() as client:
+@both
+async def test_each_right_that_is_missing_is_named(kind: Kind, tmp_path: Path) -> None:
+    """On one server."""
+    with RedisServer(tmp_path) as server:
 
-        async def find_wrong(missing: str = "") -> str:
-            client.acl_deluser(user)
-            client.execute_command("ACL", "SETUSER", user, *(word for word in words if word != missing))
-            url = server.url.replace("//", f"//{user}:secret@")
-            findings = await check_up(*(layer_class([url], prefix="shop") for _ in range(2)))
-            return " ".join(finding.found.lower() for finding in findings if finding.verdict == "wrong")
+        def make(login: str) -> Any:
+            return kind.layer_class([server.url.replace("//", f"//{login}")], prefix="shop")
 
-        assert await find_wrong() == ""
-        silent = [right for right in rights if right[1:].partition("|")[0] not in await find_wrong(right)]
-        assert silent == []
+        await look_for_each_missing_right("shop" if kind is QUEUE else "shop-live", [server], make)
+
+
+@pytest.mark.slow
+@both
+async def test_each_right_that_is_missing_on_a_cluster_is_named(kind: Kind, tmp_path: Path) -> None:
+    """On the nodes of a cluster."""
+    with RedisCluster(tmp_path) as cluster:
+
+        def make(login: str) -> Any:
+            hosts = [url.replace("//", f"//{login}") for url in cluster.hosts]
+            return kind.layer_class(hosts, prefix="shop", cluster=True, connect_timeout=1.0, timeout=1.0)
+
+        await look_for_each_missing_right("shop-nodes" if kind is QUEUE else "shop-live-nodes", cluster.nodes, make)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from doc_pages import ROOT, Block, read_blocks
-from redis_server import RedisServer, wait_until
+from redis_server import RedisCluster, RedisServer, Sentinels, wait_until
 from websockets.sync.client import ClientConnection, connect
 
 from anyio_channels import BaseChannelLayer, ChannelFull, RedisChannelLayer, create_channel_layer
@@ -278,7 +278,10 @@ def test_what_a_fixture_of_pytest_asyncio_cannot_hold(server: RedisServer, tmp_p
 
 # Deploying
 
-ACL = re.findall(r"^ACL SETUSER (.+)$", (DOCS / "howto" / "deploying.md").read_text("utf-8"), re.MULTILINE)
+RULES = {
+    rule.partition(" ")[0]: rule
+    for rule in re.findall(r"^ACL SETUSER (.+)$", (DOCS / "howto" / "deploying.md").read_text("utf-8"), re.MULTILINE)
+}
 
 
 async def use_all(layer: BaseChannelLayer) -> None:
@@ -311,21 +314,56 @@ async def use_all(layer: BaseChannelLayer) -> None:
         await layer.flush()
 
 
-@pytest.mark.parametrize("rule", ACL, ids=lambda rule: rule.split()[0])
-def test_rights_suffice(rule: str, server: RedisServer) -> None:
+@contextmanager
+def nothing_is_refused(servers: Sequence[RedisServer], *names: str) -> Iterator[None]:
+    """Give the users ``names`` the rights that the page gives them; at the end no server has refused anything."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for server in servers]
+        for client in clients:
+            for name in names:
+                client.execute_command("ACL", "SETUSER", *RULES[name].split())
+            client.execute_command("ACL", "LOG", "RESET")
+        yield
+        refused = [entry for client in clients for entry in client.execute_command("ACL", "LOG")]
+        # From Redis 7.2 on, the library's name is offered, and may be refused.
+        assert [entry for entry in refused if "client|setinfo" not in str(entry)] == []
+
+
+def use_on_both(url: str) -> None:
+    for backend in ("asyncio", "trio"):
+        layer = create_channel_layer(url, prefix="shop", channel_capacity={"shop.jobs": 1}, keep_alive=0.1)
+        anyio.run(use_all, layer, backend=backend)
+
+
+def test_rights_suffice(server: RedisServer) -> None:
     """With the rights that the page gives to a user, every method works and nothing is refused."""
-    assert len(ACL) == 2
-    name = rule.split(maxsplit=1)[0]
-    url = f"{'redis+pubsub' if name == 'shop-live' else 'redis'}://{name}:secret@{server.host}:{server.port}/0"
+    assert RULES.keys() == {"shop", "shop-live", "shop-nodes", "shop-live-nodes", "shop-watch"}
     with server.client() as client:
         client.flushall()
-        client.execute_command("ACL", "LOG", "RESET")
-        client.execute_command("ACL", "SETUSER", *rule.split())
-        for backend in ("asyncio", "trio"):
-            anyio.run(
-                use_all,
-                create_channel_layer(url, prefix="shop", channel_capacity={"shop.jobs": 1}, keep_alive=0.1),
-                backend=backend,
-            )
-        refused = [entry for entry in client.execute_command("ACL", "LOG") if "client|setinfo" not in str(entry)]
-        assert refused == []  # from Redis 7.2 on, the library's name is offered, and may be refused
+    with nothing_is_refused([server], "shop", "shop-live"):
+        use_on_both(f"redis://shop:secret@{server.host}:{server.port}/0")
+        use_on_both(f"redis+pubsub://shop-live:secret@{server.host}:{server.port}/0")
+
+
+def test_rights_suffice_on_a_cluster(tmp_path: Path) -> None:
+    """The same on a cluster."""
+    with (
+        RedisCluster(tmp_path) as cluster,
+        nothing_is_refused(cluster.nodes, "shop-nodes", "shop-live-nodes"),
+    ):
+        nodes = ",".join(f"{node.host}:{node.port}" for node in cluster.nodes[:2])
+        use_on_both(f"redis+cluster://shop-nodes:secret@{nodes}")
+        use_on_both(f"redis+cluster+pubsub://shop-live-nodes:secret@{nodes}")
+
+
+def test_rights_suffice_with_sentinel(tmp_path: Path) -> None:
+    """The same behind Sentinel, which is asked and listened to by a user of its own."""
+    with (
+        Sentinels(tmp_path) as sentinels,
+        nothing_is_refused(sentinels.servers, "shop", "shop-live"),
+        nothing_is_refused(sentinels.sentinels, "shop-watch"),
+    ):
+        where = ",".join(f"{host}:{port}" for host, port in sentinels.addresses)
+        rest = f"secret@{where}/mymaster/0?sentinel_username=shop-watch&sentinel_password=secret"
+        use_on_both(f"redis+sentinel://shop:{rest}")
+        use_on_both(f"redis+sentinel+pubsub://shop-live:{rest}")

@@ -340,6 +340,7 @@ class _Checkup:
             messages = [
                 call(CLUSTERED[SEND], [key], entry, 10, _SECONDS, note),
                 call(CLUSTERED[POP], [key], 1, _SECONDS, room),
+                run("ASKING"),
             ]
         else:
             listen, tell = ("SUBSCRIBE", "UNSUBSCRIBE"), "PUBLISH"
@@ -348,10 +349,10 @@ class _Checkup:
                 call(POP, [key, room], 1, _SECONDS),
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
                 run("BZPOPMIN", key, _BRIEFLY),
+                run("CLIENT", "ID"),
             ]
         return [
             *messages,
-            run("CLIENT", "ID"),
             # What the scripts call: where one is forbidden, Redis 7.0 does not say which.
             run("TIME"),
             run("ZADD", key, 0, entry),
@@ -390,7 +391,7 @@ class _Checkup:
             run(f"{kind}{verb}", name, *rest)
             for name in names
             for verb, rest in (("SUBSCRIBE", ()), ("PUBLISH", ("",)), ("UNSUBSCRIBE", ()))
-        ]
+        ] + [run("ASKING")] * self.layer.cluster
 
     def _name_at(self, link: Link, make: Callable[[str], str]) -> str | None:
         """Return a name made by ``make`` that nobody else has, and that the server of ``link`` owns."""

@@ -38,6 +38,7 @@ _KEEP_SECONDS: Final = 10.0
 _MOST_HOPS: Final = 16
 _AT_THIS_NODE: Final = frozenset(
     {
+        "ASKING",
         "CONFIG",
         "CLUSTER",
         "INFO",
