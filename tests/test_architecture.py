@@ -95,7 +95,7 @@ ALLOWED = {
     "cli.running": {"anyio", "click", "cli.options", "cli.output", "redis"},
     "cli.demo": {"anyio", "click", "cli.options", "demo.app", "demo.server", "layers"},
     "cli.listen": {"anyio", "click", "cli.options", "cli.output", "cli.running", "layers", "layers.base", "rich"},
-    "cli.send": {"click", "cli.options", "cli.output", "cli.running", "exceptions", "layers", "layers.base"},
+    "cli.send": {"anyio", "click", "cli.options", "cli.output", "cli.running", "exceptions", "layers", "layers.base"},
     "cli.groups": {
         "click", "cli.options", "cli.output", "cli.running", "layers.redis.layer", "layers.redis.survey", "rich",
     },
