@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ class Endpoint:
         try:
             if self.path is not None:
                 return await connect_unix(self.path)
-            stream = await connect_tcp(self.host, self.port)
+            stream = await self._connect_tcp()
             return stream if self.tls is None else await self._start_tls(stream)
         except OSError:
             raise  # also a refused certificate, which is a ValueError besides
@@ -92,6 +93,15 @@ class Endpoint:
             raise OSError(f"its name cannot be used: {error}") from error
         except (EndOfStream, BrokenResourceError) as error:
             raise OSError("the server ended the TLS handshake; is it a port for TLS?") from error
+
+    async def _connect_tcp(self) -> SocketStream:
+        try:
+            return await connect_tcp(self.host, self.port)
+        except OSError as error:
+            if error.__cause__ is None:
+                raise
+            # "All connection attempts failed" says less than what each of them said.
+            raise OSError(_reasons(error.__cause__)) from error.__cause__
 
     async def _start_tls(self, stream: SocketStream) -> TLSStream:
         try:
@@ -180,6 +190,14 @@ class Endpoint:
         connection.version = tuple(int(part) for part in re.findall(r"\d+", str(version))[:3])
         connection.is_primary = greeting.get(b"role") == b"master"
         return seconds + microseconds / 1_000_000
+
+
+def _reasons(cause: BaseException) -> str:
+    """Return why the addresses of a host cannot be connected to, each reason once and in the system's words."""
+    errors = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)
+    return "; ".join(
+        dict.fromkeys(os.strerror(one.errno) if isinstance(one, OSError) and one.errno else str(one) for one in errors)
+    )
 
 
 def require_hosts(hosts: Sequence[Host] | None) -> Sequence[Host]:
