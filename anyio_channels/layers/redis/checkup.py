@@ -387,11 +387,12 @@ class _Checkup:
         def run(*command: str) -> Callable[[], Awaitable[Any]]:
             return lambda: link.execute(*command)
 
-        return [
+        tried = [
             run(f"{kind}{verb}", name, *rest)
             for name in names
             for verb, rest in (("SUBSCRIBE", ()), ("PUBLISH", ("",)), ("UNSUBSCRIBE", ()))
-        ] + [run("ASKING")] * self.layer.cluster
+        ]
+        return [*tried, run("ASKING")] if self.layer.cluster else tried
 
     def _name_at(self, link: Link, make: Callable[[str], str]) -> str | None:
         """Return a name made by ``make`` that nobody else has, and that the server of ``link`` owns."""
