@@ -68,7 +68,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is there before the first test is no test's garbage: to look through it after each took half of the suite's time."""
-    find(strategies.none(), lambda _: True)  # what Hypothesis keeps at its first use it looks for among what is not frozen
+    # What Hypothesis keeps from its first use on, it looks for among what is not frozen.
+    find(strategies.none(), lambda _: True)
     gc.collect()
     gc.freeze()
 
