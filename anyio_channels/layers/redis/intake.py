@@ -245,7 +245,8 @@ class QueueIntake(RedisLayer):
 
     def put_normal(self, channel: QueueChannel, entry: bytes, score: bytes | str, server_time: float) -> None:
         """A message to a normal channel came. For parts of the layer."""
-        if not self._taken.is_new(channel.key, entry, float(score)):
+        sent_at = float(score)
+        if not self._taken.is_new(channel.key, entry, sent_at):
             return
         try:
             message = self._codec.decode_body(self._codec.unseal(entry))
@@ -260,7 +261,7 @@ class QueueIntake(RedisLayer):
         rung: list[Waiter] = []
         with self._room:
             now = self._clock()
-            expires_at = now + self.expiry - max(0.0, server_time - float(score))
+            expires_at = now + self.expiry - max(0.0, server_time - sent_at)
             self._arrive(channel, (expires_at, popped), now, rung)
         self._room.wake(rung)
 

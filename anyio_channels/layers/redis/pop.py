@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["PASSING", "POPS_MANY", "Popper"]
 
 _DRAIN: Final = 1000
+"""How many messages are popped at once from what only this process reads."""
 POPS_MANY: Final = (7, 0)
 """The version of Redis from which on one pop takes many."""
-"""How many messages are popped at once from what only this process reads."""
 PASSING: Final = (
     redis.exceptions.ConnectionError,
     redis.exceptions.ReadOnlyError,

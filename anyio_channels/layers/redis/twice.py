@@ -73,7 +73,7 @@ class Taken:
 
     def is_new(self, key: str, entry: bytes, score: float) -> bool:
         """Whether ``entry`` of ``key`` was not popped before; it is remembered from now on."""
-        mark = hash((key, score, entry[:_BEGINNING]))
+        mark = _mark(key, entry, score)
         if mark in self._young or mark in self._old:
             return False
         self._young.add(mark)
@@ -83,6 +83,11 @@ class Taken:
 
     def forget(self, key: str, entry: bytes, score: float) -> None:
         """``entry`` goes back to where it was popped, and may be popped again."""
-        mark = hash((key, score, entry[:_BEGINNING]))
+        mark = _mark(key, entry, score)
         self._young.discard(mark)
         self._old.discard(mark)
+
+
+def _mark(key: str, entry: bytes, score: float) -> int:
+    """Return what stands for a message of the channel with ``key``."""
+    return hash((key, score, entry[:_BEGINNING]))
