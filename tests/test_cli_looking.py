@@ -273,7 +273,7 @@ def test_bench_of_a_layer_that_loses_a_message() -> None:
     before = """
 import anyio
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.layers.inbox import Inbox
+from anyio_channels.contract.layer import Inbox
 InMemoryChannelLayer.timeout = 0.1
 Inbox.receive = lambda self: anyio.sleep_forever()
 """

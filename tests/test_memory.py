@@ -75,7 +75,7 @@ async def test_never_opened_or_closed_needs_nothing() -> None:
     async with channel_layer:
         counts = channel_layer.statistics()
         assert (counts.sent, counts.buffered_messages, counts.discarded) == (0, 0, 0)
-    channel_layer._closed = False  # as it was before this test, for others
+    await channel_layer.open()  # as it was before this test, for others
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ async def test_a_hundred_thousand_unread_channels_leave_nothing(clock: Clock) ->
     clock.advance(10)
     counts = layer.statistics()
     assert (counts.channels, counts.buffered_messages, counts.expired) == (0, 0, 100_000)
-    assert len(layer._here.channels) == len(layer._room.index) == 0
+    assert len(layer._here.channels) == len(layer._mailroom.index) == 0
 
 
 async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
@@ -117,7 +117,7 @@ async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
         counts = layer.statistics()
         assert (counts.channels, counts.groups, counts.members) == (1, 1, 1)
         assert len(layer._here.channels) < 3000
-        assert len(layer._room.index) < 5000
+        assert len(layer._mailroom.index) < 5000
 
 
 async def test_a_wait_that_is_cancelled_again_and_again_leaves_nothing(layer: InMemoryChannelLayer) -> None:
@@ -310,7 +310,7 @@ async def test_a_promise_that_expires_or_is_flushed(layer: InMemoryChannelLayer,
 async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLayer, monkeypatch: Any) -> None:
     """Another thread may drop an idle channel between a task's finding it and waiting at it: it finds it again."""
     for send in (False, True):
-        original = layer._get_channel
+        original = layer._find
         dropped = False
 
         def get(name: str, original: Any = original) -> Any:
@@ -321,7 +321,7 @@ async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLaye
                 layer._here.forget(channel)
             return channel
 
-        monkeypatch.setattr(layer, "_get_channel", get)
+        monkeypatch.setattr(layer, "_find", get)
         if send:
             await layer.send("b", {"n": 1}, wait=True)
             assert layer.receive_nowait("b") == {"n": 1}
@@ -383,14 +383,14 @@ async def test_a_coroutine_thrown_away_gives_back(layer: InMemoryChannelLayer) -
     else:
         reader.close()
     layer.send_nowait("a", {"n": 1})
-    layer._room.lock.acquire()  # as if the collection ran within a locked section
+    layer._mailroom.lock.acquire()  # as if the collection ran within a locked section
     try:
         reader.close()
-        assert bool(layer._room.abandoned) == (waiting is not None)
+        assert bool(layer._mailroom.abandoned) == (waiting is not None)
     finally:
-        layer._room.lock.release()
+        layer._mailroom.lock.release()
     gc.collect()
-    layer._room.wake([])
+    layer._mailroom.wake([])
     assert layer.receive_nowait("a") == {"n": 1}
     assert layer.statistics().waiting_receivers == 0
 
@@ -443,7 +443,7 @@ async def test_time_may_be_fractions(clock: Clock) -> None:
     clock.advance(0.3)
     assert await layer.group_channels("group") == set()
     layer.statistics()
-    assert math.isinf(layer._room.index.next_due)
+    assert math.isinf(layer._mailroom.index.next_due)
 
 
 async def test_an_expired_message_in_front_of_a_fresh_one(layer: InMemoryChannelLayer, clock: Clock) -> None:
@@ -480,7 +480,7 @@ async def test_errors_of_the_clock_pass(layer: InMemoryChannelLayer) -> None:
 
 async def test_a_message_that_comes_before_the_wait(layer: InMemoryChannelLayer) -> None:
     """Another thread may send between a reader's look and its wait: it does not wait then, and makes room for others."""
-    channel = layer._get_channel("a")
+    channel = layer._find("a")
     for number in range(5):
         layer.send_nowait("a", {"n": number})
     async with anyio.create_task_group() as tg:
@@ -505,8 +505,8 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
         await anyio.wait_all_tasks_blocked()
         layer.send_nowait("a", {"n": 1})
         promised = next(iter(layer._here.channels["a"]._readers or ()))
-        with layer._room:
-            layer._room.abandon(promised)  # the second, who still waits
+        with layer._mailroom:
+            layer._mailroom.abandon(promised)  # the second, who still waits
         tg.cancel_scope.cancel()
     assert layer.statistics().waiting_receivers == 0
 

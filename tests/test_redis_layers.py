@@ -26,6 +26,7 @@ from anyio_channels import (
     create_channel_layer,
     create_redis_channel_layer,
 )
+from anyio_channels.contract.layer import Life
 from anyio_channels.layers.redis.layer import RedisLayer
 
 PATIENCE = 20.0
@@ -125,7 +126,7 @@ def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend
 async def test_left_open(kind: Kind, redis_server: RedisServer) -> None:
     """A layer that was opened and never closed is a ResourceWarning."""
     layer = make(kind, redis_server)
-    layer._opened = True
+    layer._life = Life.OPEN
     with pytest.warns(ResourceWarning, match="unclosed channel layer <Redis"):
         del layer
         gc.collect()

@@ -105,7 +105,7 @@ class RedisLayer(BaseChannelLayer):
             random_prefix_length=random_prefix_length,
             expiry=token_expiry,
         )
-        self._decode = self._codec.decode_copy
+        self._decode = self._codec.decode
         if not isinstance(cluster, bool):
             raise TypeError(f"cluster must be True or False, not {cluster!r}")
         self._topology = Cluster(hosts) if cluster else Topology(hosts)
