@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from abc import ABC, abstractmethod
@@ -29,7 +30,14 @@ from anyio_channels.contract.layer import BaseChannelLayer, ChannelLayerStatisti
 from anyio_channels.contract.message import EXCLUDE_KEY, Codec, Unreadable
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.log import CHANNEL_DROPPED, GROUP_SEND_DROPPED, MESSAGE_UNREADABLE, Troubles
+from anyio_channels.log import (
+    CHANNEL_DROPPED,
+    GROUP_SEND_DROPPED,
+    MESSAGE_UNREADABLE,
+    SUBSCRIPTION_REFUSED,
+    Troubles,
+    said,
+)
 from anyio_channels.wakeup import CANCELLED, thread
 
 from .directory import Channel, Directory
@@ -74,13 +82,16 @@ class Transport(ABC):
     async def subscribe(self, topic: str) -> None:
         """Return when what is published to ``topic`` from now on will come; at once if it is subscribed to already.
 
-        The topic is wanted from the call on, also if it is cancelled or raises one of ``outage``, until ``unsubscribe``.
-        Any other error means that it cannot be had: it is not wanted then.
+        The topic is wanted from the call on until ``unsubscribe``, also if the call is cancelled or raises. One of
+        ``outage`` means *not now*; any other error, that the topic cannot be had.
         """
 
     @abstractmethod
     def unsubscribe(self, topic: str) -> None:
-        """The topic is not wanted any more. Must not wait, and is called after ``subscribe`` has been, in that order."""
+        """The topic is not wanted any more. Must not wait; what is subscribed to and given up is seen in that order."""
+
+    async def catch_up(self) -> None:
+        """Return when what was published before the call has been delivered here, if the transport can know that."""
 
 
 class Hub(BaseChannelLayer):
@@ -249,13 +260,31 @@ class Hub(BaseChannelLayer):
 
     async def _publish(self, transport: Transport, topic: str, body: bytes) -> None:
         self._require_open()
-        await transport.publish(topic, body)
+        try:
+            await transport.publish(topic, body)
+        except transport.outage as error:
+            self._raise_if_closed(error)
+            raise
         self._published += 1
+
+    async def _subscribe(self, transport: Transport, topic: str) -> None:
+        try:
+            await transport.subscribe(topic)
+        except transport.outage as error:
+            self._raise_if_closed(error)
+            raise
+
+    def _raise_if_closed(self, error: Exception) -> None:
+        if self._life is not Life.OPEN:
+            raise ClosedResourceError(f"{self!r} was closed") from error
 
     # Delivering, to the channels of this process
 
-    def deliver(self, topic: str, body: bytes) -> None:
-        """Hand on a message that came from the transport. What is not a message is dropped, counted and logged."""
+    def deliver(self, topic: str, body: bytes, where: str | None = None) -> None:
+        """Hand on a message that came from the transport. What is not a message is dropped, counted and logged.
+
+        ``where``: what the log calls the topic, if not ``topic``.
+        """
         if topic.startswith(_GROUP):
             name = topic[len(_GROUP) :]
             if name not in self._here.groups:
@@ -271,7 +300,7 @@ class Hub(BaseChannelLayer):
                     excluded = frozenset(name for name in names if isinstance(name, str))
                 body = self._codec.encode_again(message)
         except Unreadable as why:
-            self.drop_unreadable(topic, why)
+            self.drop_unreadable(topic if where is None else where, why)
             return
         if topic.startswith(_GROUP):
             self._deliver_to_group(name, body, excluded)
@@ -310,6 +339,16 @@ class Hub(BaseChannelLayer):
         if self._here.ended:
             self._unsubscribe()
 
+    def tell_all(self, message: Message) -> None:
+        """Put ``message`` into every channel of this process."""
+        self._deliver_to_channels(list(self._here.channels.values()), self._encode(message))
+
+    def sweep(self) -> None:
+        """Drop all that has expired in this process; for a transport to call now and then, and in vain at no cost."""
+        self._here.sweep(math.inf)
+        self._unsubscribe()
+        self._troubles.look()
+
     def missing(self, is_touched: Callable[[str], bool] = lambda _: True) -> None:
         """Messages to the topics for which ``is_touched`` is true may have been lost: inboxes that ask for it are told."""
 
@@ -318,8 +357,12 @@ class Hub(BaseChannelLayer):
 
         self._here.mark_outage(touches)
 
-    def unheard(self, topic: str) -> None:
-        """The transport could not subscribe to ``topic`` again: the next who reads it asks anew, and is told why."""
+    def unheard(self, topic: str, error: Exception, where: str | None = None) -> None:
+        """The transport could not subscribe to ``topic`` again: the next who reads it asks anew, and is told why.
+
+        ``where``: what the log calls it, if not ``topic``.
+        """
+        self._troubles.note(SUBSCRIPTION_REFUSED, topic if where is None else where, error=said(error))
         if (channel := self._here.channels.get(topic)) is not None:
             channel.attended = False
 
@@ -377,9 +420,9 @@ class Hub(BaseChannelLayer):
         """See that messages come to a channel that somebody is about to wait at."""
         await self._check_in(0)
         try:
-            await transport.subscribe(channel.name)
+            await self._subscribe(transport, channel.name)
         except transport.outage:
-            return  # it comes when the transport does
+            return  # its messages come when the transport does
         except Exception:
             with self._mailroom:
                 if not (channel.closed or channel.owned or channel.demand):
@@ -415,7 +458,7 @@ class Hub(BaseChannelLayer):
         if self._transport is not None:
             channel = self._find(name)
             try:
-                await self._transport.subscribe(name)
+                await self._subscribe(self._transport, name)
             except BaseException:
                 with self._mailroom:
                     if not channel.closed:
@@ -434,7 +477,10 @@ class Hub(BaseChannelLayer):
         await self._check_in()
         self._require_open()
         self._here.clear()
-        self._unsubscribe()
+        if self._transport is not None:
+            await self._transport.catch_up()
+            self._here.clear()
+            self._unsubscribe()
 
     # Groups
 
@@ -470,7 +516,7 @@ class Hub(BaseChannelLayer):
             return
         self._unsubscribe()
         try:
-            await self._transport.subscribe(group_topic(group))
+            await self._subscribe(self._transport, group_topic(group))
         except BaseException:
             if is_new:
                 self._here.leave(group, channel)
@@ -530,7 +576,7 @@ class Hub(BaseChannelLayer):
         channel = self._here.open_inbox(name, capacity, overflow, on_gap)
         if self._transport is not None:
             try:
-                await self._transport.subscribe(name)
+                await self._subscribe(self._transport, name)
             except BaseException:
                 await self.inbox_close(name, ())
                 raise

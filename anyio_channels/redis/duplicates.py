@@ -1,13 +1,13 @@
-"""What tells a message that came already, or that comes too late, where Redis may hand it out twice.
+"""Filters for messages that Redis may deliver twice.
 
-Pub/sub in a cluster: while a node takes over from another, both hand on what is published in their shard, each in its own
-time. So each message begins with who sent it and a number that grows; of each sender, what does not come after the last one
-heard is dropped.
-
-Queues: replication is asynchronous, so a replica that is promoted may hold what the old primary had handed out already, as may
-a server that was restarted from its disk. So what was popped of late is remembered by its key, its score and its first bytes,
-which no two messages share: the score is the time at the server, where no two in a channel have the same, and bytes begin
-at random.
+Rules:
+- pub/sub in a cluster: while a node takes over from another, both hand on what is published in their shard, each in its own
+  time. So each message begins with a mark: its sender, and a number that grows. Of each sender on each Redis channel, a
+  message that does not come after the last one heard is dropped.
+- queues: replication is asynchronous, so a replica that is promoted may still hold what the old primary handed out, as may a
+  server that was restarted from its disk. So recent pops are remembered by key, score and first bytes, which no two
+  messages share: no two in a channel have the same score, and their bytes begin at random.
+- memory is bounded: by the number of senders and Redis channels, and by the number of pops.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import secrets
 from collections import OrderedDict
 from typing import Final
 
-__all__ = ["MARK_LENGTH", "Heard", "Marks", "Taken"]
+__all__ = ["MARK_LENGTH", "LastHeard", "Marks", "RecentPops"]
 
 _SENDER: Final = 8
 _NUMBER: Final = 4
 MARK_LENGTH: Final = _SENDER + _NUMBER
 """Bytes of a mark."""
 _NUMBERS: Final = 1 << (8 * _NUMBER)
-_MOST: Final = 65536
-"""So many senders and channels are remembered."""
-_BEGINNING: Final = 64
+_MOST_HEARD: Final = 65536
+"""Remember at most this many pairs of a sender and a Redis channel."""
+_FIRST_BYTES: Final = 64
 _GENERATION: Final = 16384
-"""So many of the messages popped last are remembered at least, and twice as many at most."""
+"""Remember at least this many recent pops, at most twice as many."""
 
 
 class Marks:
     """Makes the marks of one sender."""
 
     def __init__(self) -> None:
-        """A sender that nobody else is."""
+        """Become a sender of which there is no other."""
         self._sender = secrets.token_bytes(_SENDER)
         self._count = 0
 
@@ -44,35 +44,35 @@ class Marks:
         return self._sender + (self._count % _NUMBERS).to_bytes(_NUMBER, "big")
 
 
-class Heard:
-    """Remembers the last that was heard of each sender on each Redis channel."""
+class LastHeard:
+    """Remembers the last message heard from each sender on each Redis channel."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start with nothing heard."""
         self._last: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
     def is_new(self, name: str, payload: bytes) -> bool:
-        """Whether ``payload`` comes after the last that was heard of its sender on the Redis channel ``name``."""
+        """Whether ``payload`` comes after the last one heard from its sender on the Redis channel ``name``."""
         key = (name, payload[:_SENDER])
         number = int.from_bytes(payload[_SENDER:MARK_LENGTH], "big")
         last = self._last.pop(key, None)
         is_new = last is None or 0 < (number - last) % _NUMBERS < _NUMBERS // 2
         self._last[key] = number if last is None or is_new else last
-        if len(self._last) > _MOST:
+        if len(self._last) > _MOST_HEARD:
             self._last.popitem(last=False)
         return is_new
 
 
-class Taken:
-    """Remembers which messages were popped of late."""
+class RecentPops:
+    """Remembers which messages were popped recently."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start with nothing popped."""
         self._young: set[int] = set()
         self._old: set[int] = set()
 
     def is_new(self, key: str, entry: bytes, score: float) -> bool:
-        """Whether ``entry`` of ``key`` was not popped before; it is remembered from now on."""
+        """Whether ``entry`` of ``key`` was not popped before. It is remembered from now on."""
         mark = _mark(key, entry, score)
         if mark in self._young or mark in self._old:
             return False
@@ -89,5 +89,4 @@ class Taken:
 
 
 def _mark(key: str, entry: bytes, score: float) -> int:
-    """Return what stands for a message of the channel with ``key``."""
-    return hash((key, score, entry[:_BEGINNING]))
+    return hash((key, score, entry[:_FIRST_BYTES]))

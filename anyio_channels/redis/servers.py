@@ -1,0 +1,128 @@
+"""What both layers on Redis share: their common options, their servers, and the statistics about those.
+
+Rules:
+- the options are checked here, once, for both layers; each layer's signature names them for its users.
+- nothing is connected here: a layer's task opens the router, and runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import redis.exceptions
+from anyio import create_task_group, sleep
+from anyio.abc import TaskStatus
+
+from anyio_channels.contract.layer import ChannelLayerStatistics
+from anyio_channels.contract.message import SerializerFormat
+from anyio_channels.contract.options import require_seconds
+from anyio_channels.log import KEEP_ALIVE_FAILED, said
+
+from .client import Host, Link, LinkEvents, Request, Router, Sentinels, Timeouts, cluster_router, plain_router
+
+__all__ = ["RedisLayerStatistics", "RedisOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class RedisLayerStatistics(ChannelLayerStatistics):
+    """A snapshot of what this process does with a layer on Redis.
+
+    Everything is counted in this process: what others have sent and received, and what waits in Redis, is not in it. So a
+    message that was sent here and received elsewhere is in ``sent`` only.
+    """
+
+    connections: int
+    """Connections to Redis that are up."""
+    reconnects: int
+    """How often a connection was lost and came back."""
+    commands: int
+    """Commands sent to Redis, handshakes among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedisOptions:
+    """The options that both layers on Redis have, and the in-memory layer has not."""
+
+    hosts: Sequence[Host] | None
+    prefix: str
+    symmetric_encryption_keys: Sequence[str | bytes] | None
+    serializer_format: SerializerFormat
+    timeout: float
+    connect_timeout: float
+    keep_alive: float
+    cluster: bool
+    router: Router = field(init=False)
+    """The servers that ``hosts`` names."""
+
+    def __post_init__(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` naming the option and its rule."""
+        if not isinstance(self.prefix, str):
+            raise TypeError(f"prefix must be a str, not {self.prefix!r}")
+        for option in ("timeout", "connect_timeout", "keep_alive"):
+            require_seconds(option, getattr(self, option))
+        if not isinstance(self.cluster, bool):
+            raise TypeError(f"cluster must be True or False, not {self.cluster!r}")
+        router = cluster_router(self.hosts) if self.cluster else plain_router(self.hosts)
+        object.__setattr__(self, "router", router)
+
+    def __repr__(self) -> str:
+        """Show what tells one layer from another. No password is in it."""
+        return f"{self.router.name} prefix={self.prefix!r}"
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
+        server = self.router.servers[0]
+        if self.cluster or len(self.router.servers) > 1 or isinstance(server, Sentinels):
+            return None
+        address = server.address
+        return (address.host, address.port) if address.path is None else (address.path, None)
+
+    def figures(self) -> dict[str, int]:
+        """Return what ``RedisLayerStatistics`` adds to the figures of every layer."""
+        links = self.router.running
+        return {
+            "connections": sum(link.connection is not None for link in links),
+            "reconnects": sum(max(0, link.connects - 1) for link in links),
+            "commands": sum(link.commands for link in links),
+        }
+
+    async def run(
+        self, events: LinkEvents, beside: Callable[[], Awaitable[None]], *, task_status: TaskStatus[None]
+    ) -> None:
+        """Connect to the servers, say so by ``task_status``, and run them until cancelled, with ``beside`` in a task.
+
+        Raises an error of the ``redis`` package that names the server and the cause, within ``connect_timeout`` seconds. Of
+        several servers one must be there, and none may refuse; those that cannot be reached then are logged and tried on.
+        """
+        timeouts = Timeouts(
+            timeout=self.timeout, connect_timeout=self.connect_timeout, keep_alive=self.keep_alive
+        )
+        await self.router.open(events, timeouts)
+        failure: redis.exceptions.RedisError | None = None
+        async with create_task_group() as tasks:
+            tasks.start_soon(self.router.run)
+            tasks.start_soon(beside)
+            try:
+                await self.router.reached()
+            except redis.exceptions.RedisError as error:
+                failure = error  # raised outside, where no group wraps it
+                tasks.cancel_scope.cancel()
+            else:
+                task_status.started()
+        if failure is not None:
+            raise failure
+
+
+async def every(seconds: float, act: Callable[[], object]) -> None:
+    """Call ``act`` every so many seconds, until cancelled."""
+    while True:
+        await sleep(seconds)
+        act()
+
+
+def log_keep_alive(layer: object, link: Link, request: Request) -> None:
+    """Log a sign of life that failed; whether one is answered at all is seen by the connection itself."""
+    if request.error is not None:
+        KEEP_ALIVE_FAILED.write(layer=repr(layer), server=link.name, error=said(request.error))
