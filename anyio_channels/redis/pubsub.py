@@ -25,7 +25,7 @@ from redis.crc import key_slot
 from anyio_channels.contract.message import SerializerFormat, Unreadable
 from anyio_channels.local.hub import Hub, Transport, group_topic
 
-from .client import Connection, Host, Link, LinkEvents, Subscriptions
+from .client import Connection, Host, Link, LinkEvents, Subscriptions, at_each
 from .duplicates import MARK_LENGTH, LastHeard, Marks
 from .servers import RedisLayerStatistics, RedisOptions, every, log_keep_alive
 from .wire import Names, PayloadCodec
@@ -105,7 +105,7 @@ class PubSub(Transport, LinkEvents):
 
     async def catch_up(self) -> None:
         """Wait until what was published before has come: it is in front of the answer, on the same connection."""
-        await self._router.at_each(lambda link: link.execute("PING"))
+        await at_each(lambda link: link.execute("PING"), self._router.links)
 
     # What the client tells
 

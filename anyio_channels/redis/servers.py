@@ -19,7 +19,7 @@ from anyio_channels.contract.message import SerializerFormat
 from anyio_channels.contract.options import require_seconds
 from anyio_channels.log import KEEP_ALIVE_FAILED, said
 
-from .client import Host, Link, LinkEvents, Request, Router, Sentinels, Timeouts, cluster_router, plain_router
+from .client import Host, Link, LinkEvents, Request, Router, Server, Timeouts, make_router
 
 __all__ = ["RedisLayerStatistics", "RedisOptions"]
 
@@ -63,8 +63,7 @@ class RedisOptions:
             require_seconds(option, getattr(self, option))
         if not isinstance(self.cluster, bool):
             raise TypeError(f"cluster must be True or False, not {self.cluster!r}")
-        router = cluster_router(self.hosts) if self.cluster else plain_router(self.hosts)
-        object.__setattr__(self, "router", router)
+        object.__setattr__(self, "router", make_router(self.hosts, cluster=self.cluster))
 
     def __repr__(self) -> str:
         """Show what tells one layer from another. No password is in it."""
@@ -74,7 +73,7 @@ class RedisOptions:
     def server(self) -> tuple[str, int | None] | None:
         """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
         server = self.router.servers[0]
-        if self.cluster or len(self.router.servers) > 1 or isinstance(server, Sentinels):
+        if self.cluster or len(self.router.servers) > 1 or not isinstance(server, Server):
             return None
         address = server.address
         return (address.host, address.port) if address.path is None else (address.path, None)

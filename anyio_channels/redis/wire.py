@@ -83,6 +83,10 @@ class Names:
         """Return the key that ``name`` was made from by ``sent``, if it was."""
         return name[len(self._sent) : -1] if name.startswith(self._sent) else None
 
+    def routed_by(self, key: str) -> str:
+        """Return what several servers share keys by: the non-local name of a channel, or the name of a group."""
+        return key[len(self._group) :] if key.startswith(self._group) else key[len(self.prefix) :]
+
     def wake(self, client: str) -> str:
         """Return the key by which the process ``client`` ends its own blocking pop."""
         return f"{self.prefix}:wake:{client}"

@@ -1,1 +1,0 @@
-from anyio_channels.contract.layer import Inbox  # noqa

@@ -1,0 +1,220 @@
+"""The blocking pop of one server: a ``Source`` for all keys that are waited for there.
+
+Rules:
+- one blocking pop at a time, on a connection of its own, over all wanted keys. To change the keys, a message to ourselves
+  (the wake key) ends it. ``CLIENT UNBLOCK`` needs a permission that many users lack, and may come before the pop.
+- the reply is handled, and the next pop sent, in one plain function: no task is between them.
+- what several processes read is popped one message at a time, for a reader who waits. What only this process reads is
+  popped as it comes, and drained by a script in front of the next pop.
+- a refusal stops this server's pop for a moment, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import redis.exceptions
+from anyio import Event
+
+from anyio_channels.redis.client import OUTAGE, Argument, Connection, ConnectionLost, Link, LinkEvents, Request, replies
+from anyio_channels.redis.wire import Names
+
+from .channels import QueueChannel
+from .receiving import Receiving, Source
+from .scripts import POP, PoppedReply
+
+__all__ = ["POPS_MANY", "BlockingPop"]
+
+_DRAIN: Final = 1000
+"""How many messages are popped at once from what only this process reads."""
+POPS_MANY: Final = (7, 0)
+"""From this version of Redis on, one pop can take many."""
+
+
+class BlockingPop(Source, LinkEvents):
+    """The pop that waits at one server."""
+
+    def __init__(
+        self,
+        commands: Link,
+        make_link: Callable[[LinkEvents], Link],
+        receiving: Receiving,
+        *,
+        names: Names,
+        client: str,
+        expiry: float,
+        keep_alive: float,
+        least_capacity: int,
+        start: Callable[[Link], object],
+        on_gap: Callable[[], object],
+        count_expired: Callable[[int], object],
+    ) -> None:
+        """``commands``: the link for commands to that server. ``make_link``: makes another one, which ``start`` runs.
+
+        ``client``: this process, in the name of its wake key. ``least_capacity``: the smallest that a channel may have.
+        ``on_gap``: hears that a message may be missing. ``count_expired``: hears how many had expired in Redis.
+        """
+        super().__init__()
+        self.link: Link = make_link(self)
+        self._commands = commands
+        self._receiving = receiving
+        self._names = names
+        self._wake_key = names.wake(client)
+        self._expiry = expiry
+        self._keep_alive = keep_alive
+        self._least_capacity = least_capacity
+        self._start = start
+        self._on_gap = on_gap
+        self._count_expired = count_expired
+        self._popping = False
+        self._waking = False
+        self._refused = False
+        self._pops_many = False
+        self._popped_many = False
+        self._to_drain: set[str] = set()
+        self._ended: Event | None = None
+        self._rounds = 0
+        self._client_id = 0
+
+    # The connection
+
+    async def restore(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - there is one
+        """Ask who we are, and what the server can do."""
+        self._client_id = await connection.execute("CLIENT", "ID", parse=replies.whole)
+        self._pops_many = connection.version >= POPS_MANY
+
+    def on_up(self, link: Link) -> None:
+        """Pop again."""
+        if link.connects > 1:
+            self._on_gap()  # the last pop may have taken something that did not come
+        self._pop()
+
+    def commands_up(self) -> None:
+        """The connection for commands is up."""
+        self._waking = False
+        if self._popping:
+            self._wake()
+
+    # What is waited for
+
+    def wait_for(self, channel: QueueChannel) -> None:  # noqa: ARG002 - it is in blocked
+        """Wait for ``channel`` too."""
+        self._wake()
+
+    def stop_waiting(self, channel: QueueChannel) -> None:
+        """Release ``channel`` when the pop has ended, which may have taken something for it."""
+        if channel.key in self.blocked:
+            self._wake()
+
+    def wait_for_own(self, key: str) -> None:
+        """Drain ``key``, and wait for more."""
+        self._to_drain.add(key)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the blocking pop begin anew, for other keys."""
+        if not self._popping:
+            self._pop()
+        elif not self._waking and (connection := self._commands.connection) is not None:
+            self._waking = True
+            connection.submit("ZADD", self._wake_key, 0, "", done=partial(self._woken, connection))
+            connection.submit("PEXPIRE", self._wake_key, int(self._keep_alive * 2000))
+
+    def _woken(self, connection: Connection, request: Request) -> None:
+        if isinstance(request.error, redis.exceptions.ResponseError):
+            # Out of memory, most likely: nothing can be written. Some users may not call this one, so it comes second.
+            connection.submit("CLIENT", "UNBLOCK", self._client_id)
+        elif request.error is not None:
+            self._waking = False
+
+    async def until_ended(self) -> None:
+        """Wait for the end of the pop that is under way."""
+        if self._popping:
+            self._ended = ended = self._ended or Event()
+            self._wake()
+            await ended.wait()
+
+    async def forget_keys(self) -> None:
+        """Remove what only this process reads, and the wake key."""
+        await self._commands.execute("UNLINK", self._wake_key, *self.own)
+
+    # The pop
+
+    def _pop(self) -> None:
+        """Send the next blocking pop, and in front of it what drains the keys of this process."""
+        if self._popping or self._refused or self._receiving.is_closing:
+            return
+        for channel in tuple(self.blocked.values()):
+            if not channel.demand:
+                self._receiving.released(self, channel)
+        keys = [*self.own, *self.blocked]
+        if not keys:
+            return
+        self._start(self.link)
+        connection = self.link.connection
+        if connection is None:
+            return  # it begins when the connection is up
+        self._waking = False
+        self._rounds += 1
+        patience = self._keep_alive + self.link.timeout
+        if self.blocked:
+            self._to_drain.update(self.own)  # a busy normal channel must not keep them waiting
+        for key in self._to_drain:
+            # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
+            self.link.call_soon(
+                POP, [key, self._names.room(key)], _DRAIN, self._expiry,
+                done=partial(self._drained, key), timeout=patience,
+            )  # fmt: skip
+        self._to_drain.clear()
+        # Redis serves the first key that has something: each should come first at times.
+        turn = self._rounds % len(keys)
+        keys = [self._wake_key, *keys[turn:], *keys[:turn]]
+        self._popping = True
+        command: tuple[Argument, ...] = ("BZPOPMIN", *keys, self._keep_alive)
+        parse: Callable[[Any], Any] = replies.popped_one
+        if self._pops_many and not self.blocked:
+            # Only keys of this process: it may have all at once.
+            command = ("BZMPOP", self._keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
+            parse = replies.popped_many
+        self._popped_many = parse is replies.popped_many
+        connection.submit(*command, parse=parse, done=self._answered, timeout=patience)
+
+    def _answered(self, request: Request) -> None:
+        self._popping = False
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
+        error = request.error
+        if isinstance(error, ConnectionLost):
+            return  # it goes on when the connection is up
+        if error is not None:
+            self._refused = True
+            self._receiving.source_refused(self, error)
+            if not isinstance(error, OUTAGE):
+                self._receiving.fail_blocked(self, error)
+            return
+        if request.reply is not None:
+            key, entries = request.reply
+            self._receiving.popped(self, key, entries, self._commands.server_time)
+            if key in self.own and (not self._popped_many or len(entries) >= self._least_capacity):
+                # There may be more; or it may have been full, and senders may wait for room: that script tells them.
+                self._to_drain.add(key)
+        self._pop()
+
+    def _drained(self, key: str, request: Request) -> None:
+        if request.error is not None:
+            self._to_drain.add(key)
+            return
+        popped: PoppedReply = request.reply
+        self._count_expired(popped.expired)
+        entries = [(entry, float(score)) for entry, score in popped.entries]
+        self._receiving.popped(self, key, entries, popped.now)
+        if len(entries) >= _DRAIN:
+            self._to_drain.add(key)
+
+    def try_again(self) -> None:
+        """Pop again, after a refusal."""
+        self._refused = False
+        self._pop()

@@ -1,0 +1,119 @@
+"""The notices of a cluster: a ``Source`` where one pop cannot wait for keys of different slots.
+
+Rules:
+- whoever sends publishes to a sharded channel in the slot of the key; whoever waits listens there, and pops on hearing it.
+- a pop follows each confirmation of the subscription too, so nothing that was sent before is overlooked.
+- one pop of a key at a time; what is heard meanwhile makes another one follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from anyio import Event
+
+from anyio_channels.redis.client import OUTAGE, ConnectionLost, Request, Subscriptions
+from anyio_channels.redis.wire import Names
+
+from .channels import QueueChannel
+from .receiving import Receiving, Source
+from .scripts import PoppedReply
+
+__all__ = ["Notices"]
+
+_DRAIN: Final = 1000
+
+
+class Notices(Source):
+    """What is waited for in a cluster, at all its nodes."""
+
+    def __init__(
+        self,
+        receiving: Receiving,
+        subscriptions: Subscriptions,
+        names: Names,
+        pop: Callable[[str, int, Callable[[Request], object]], object],
+        count_expired: Callable[[int], object],
+        fail_own: Callable[[list[str], Exception], object],
+    ) -> None:
+        """``pop(key, count, done)`` pops without waiting. ``fail_own(keys, error)`` tells readers what was refused."""
+        super().__init__()
+        self._receiving = receiving
+        self._subscriptions = subscriptions
+        self._names = names
+        self._pop = pop
+        self._count_expired = count_expired
+        self._fail_own = fail_own
+        self._draining: set[str] = set()
+        self._again: set[str] = set()
+        self._ended: Event | None = None
+
+    def wait_for(self, channel: QueueChannel) -> None:
+        """Listen for a message to ``channel``."""
+        self._listen(channel.key)
+
+    def stop_waiting(self, channel: QueueChannel) -> None:
+        """Do not listen any more: nothing is popped here before it is asked for."""
+        if channel.key in self.blocked:
+            self._receiving.released(self, channel)
+        self._subscriptions.unwant(self._names.sent(channel.key))
+
+    def wait_for_own(self, key: str) -> None:
+        """Listen for messages to this process."""
+        self._listen(key)
+
+    def _listen(self, key: str) -> None:
+        name = self._names.sent(key)
+        self._subscriptions.want(name)
+        self._subscriptions.ask(name)
+
+    def heard(self, key: str) -> None:
+        """Something was sent there, or may have been."""
+        if key in self.own:
+            self._drain(key)
+        else:
+            self._receiving.announced(self, key)
+
+    async def until_ended(self) -> None:
+        """Wait until all that was there before this call was popped."""
+        for key in self.own:
+            self._drain(key)
+        while self._draining:
+            self._ended = ended = self._ended or Event()
+            await ended.wait()
+
+    def _drain(self, key: str) -> None:
+        if key in self._draining:
+            self._again.add(key)
+            return
+        self._draining.add(key)
+        self._pop(key, _DRAIN, partial(self._drained, key))
+
+    def _drained(self, key: str, request: Request) -> None:
+        self._draining.discard(key)
+        more = key in self._again
+        self._again.discard(key)
+        error = request.error
+        if error is None:
+            popped: PoppedReply = request.reply
+            self._count_expired(popped.expired)
+            entries = [(entry, float(score)) for entry, score in popped.entries]
+            self._receiving.popped(self, key, entries, popped.now)
+            more = more or len(entries) >= _DRAIN
+        else:
+            if not isinstance(error, OUTAGE):
+                self._fail_own([key], error)
+            if not isinstance(error, ConnectionLost):
+                self._receiving.source_refused(self, error)
+        if more:
+            self._drain(key)
+        elif not self._draining and self._ended is not None:
+            self._ended.set()
+            self._ended = None
+
+    def try_again(self) -> None:
+        """Look everywhere, after a refusal."""
+        for key in (*self.own, *self.blocked):
+            self.heard(key)
