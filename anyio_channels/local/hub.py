@@ -18,7 +18,7 @@ import math
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from threading import get_ident
 from types import TracebackType
 from typing import Any
@@ -75,8 +75,11 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    async def publish(self, topic: str, body: bytes) -> None:
-        """Send ``body`` to all processes that subscribe to ``topic``; if cancelled, it was sent or was not."""
+    def publish(self, topic: str, body: bytes) -> Awaitable[object]:
+        """Send ``body`` to all processes that subscribe to ``topic``; if cancelled, it was sent or was not.
+
+        A coroutine function, or a plain one that returns an awaitable.
+        """
 
     @abstractmethod
     async def subscribe(self, topic: str) -> None:
@@ -204,7 +207,14 @@ class Hub(BaseChannelLayer):
             await state.give_way()
         if self._transport is not None:
             self.require_valid_channel_name(channel)
-            await self._publish(self._transport, channel, self._encode(message))
+            body = self._encode(message)
+            self._home.require_open()
+            try:
+                await self._transport.publish(channel, body)
+            except self._transport.outage as error:
+                self._raise_if_closed(error)
+                raise
+            self._published += 1
         elif wait:
             await self._put_when_room(channel, self._encode(message))
         else:
@@ -256,13 +266,10 @@ class Hub(BaseChannelLayer):
             return
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
-        await self._publish(self._transport, group_topic(group), body)
-
-    async def _publish(self, transport: Transport, topic: str, body: bytes) -> None:
-        self._require_open()
+        self._home.require_open()
         try:
-            await transport.publish(topic, body)
-        except transport.outage as error:
+            await self._transport.publish(group_topic(group), body)
+        except self._transport.outage as error:
             self._raise_if_closed(error)
             raise
         self._published += 1
@@ -305,7 +312,7 @@ class Hub(BaseChannelLayer):
         if topic.startswith(_GROUP):
             self._deliver_to_group(name, body, excluded)
         else:
-            self._deliver_to_channels([self._here.channels[topic]], message)
+            self._deliver_to_channel(self._here.channels[topic], message)
 
     def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
         mailroom = self._mailroom
@@ -325,23 +332,31 @@ class Hub(BaseChannelLayer):
         if self._here.ended:
             self._unsubscribe()
 
-    def _deliver_to_channels(self, channels: list[Channel], item: Any) -> None:
-        """Put ``item`` into each; a message as it is, for one, or its bytes."""
+    def _deliver_to_channel(self, channel: Channel, item: Any) -> None:
+        """Put ``item``, a message or its bytes, into a channel that is listed."""
+        mailroom = self._mailroom
         rung: list[Waiter] = []
-        with self._mailroom:
+        mailroom.lock.acquire()
+        try:
             now = self._clock()
-            self._mailroom.index.sweep(now, rung)
-            entry = (now + self.expiry, item)
-            full = [channel.name for channel in channels if not self._here.arrive(channel, entry, now, rung)]
-        self._mailroom.wake(rung)
-        for name in full:
-            self._troubles.note(CHANNEL_DROPPED, name)
+            if now >= mailroom.index.next_due:
+                mailroom.index.sweep(now, rung)
+            if not (is_room := channel.put((now + self.expiry, item), now, rung)):
+                channel.miss(rung)
+        finally:
+            mailroom.lock.release()
+            if rung or mailroom.abandoned:
+                mailroom.wake(rung)
+        if not is_room:
+            self._troubles.note(CHANNEL_DROPPED, channel.name)
         if self._here.ended:
             self._unsubscribe()
 
     def tell_all(self, message: Message) -> None:
         """Put ``message`` into every channel of this process."""
-        self._deliver_to_channels(list(self._here.channels.values()), self._encode(message))
+        body = self._encode(message)
+        for channel in tuple(self._here.channels.values()):
+            self._deliver_to_channel(channel, body)
 
     def sweep(self) -> None:
         """Drop all that has expired in this process; for a transport to call now and then, and in vain at no cost."""

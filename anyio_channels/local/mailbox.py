@@ -382,10 +382,16 @@ class Mailbox(Expirable, Generic[T]):
             self._call_senders(rung)
 
     def _end_wait(self, waiter: Waiter) -> None:
+        """The wait is over, whether the waiter was called or not."""
         if waiter.is_over:
             return
-        waiter.line.leave(waiter)
-        if waiter.line is self._readers:
+        waiter.is_over = True
+        line = waiter.line
+        if waiter.promised:
+            line.promised -= 1
+        else:
+            del line[waiter]
+        if line is self._readers:
             self._books.waiting_receivers -= 1
         else:
             self._books.waiting_senders -= 1

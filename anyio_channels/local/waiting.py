@@ -108,14 +108,6 @@ class Line(OrderedDict[Waiter, None]):
         self.promised += 1
         rung.append(waiter)
 
-    def leave(self, waiter: Waiter) -> None:
-        """The wait is over, whether the waiter was called or not."""
-        waiter.is_over = True
-        if waiter.promised:
-            self.promised -= 1
-        else:
-            del self[waiter]
-
 
 def anyone(line: Line | None) -> bool:
     """Whether anybody waits in ``line``, or was called and is on the way."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import redis.exceptions
 from anyio.abc import TaskStatus
@@ -31,6 +31,8 @@ from .servers import RedisLayerStatistics, RedisOptions, every, log_keep_alive
 from .wire import Names, PayloadCodec
 
 __all__ = ["RedisPubSubChannelLayer"]
+
+_GROUP: Final = group_topic("")
 
 
 class PubSub(Transport, LinkEvents):
@@ -60,8 +62,7 @@ class PubSub(Transport, LinkEvents):
 
     def _name(self, topic: str) -> str:
         """Return the Redis channel of ``topic``."""
-        start = group_topic("")
-        return self._names.group_topic(topic[len(start) :]) if topic.startswith(start) else topic
+        return self._names.group_topic(topic[len(_GROUP) :]) if topic.startswith(_GROUP) else topic
 
     # What the hub asks for
 
@@ -78,11 +79,11 @@ class PubSub(Transport, LinkEvents):
             if link.connection is not None:
                 link.submit("PING", done=partial(log_keep_alive, self._hub, link))
 
-    async def publish(self, topic: str, body: bytes) -> None:
+    def publish(self, topic: str, body: bytes) -> Awaitable[object]:
         """Publish ``body``. Raises ``redis.ConnectionError``, saying whether it may have been sent, within ``timeout``."""
         name = self._name(topic)
         payload = self._codec.seal(body, self._marks.next() if self._options.cluster else None)
-        await self._router.owner(name, name).execute(self._publish, name, payload)
+        return self._router.owner(name, name).execute(self._publish, name, payload)
 
     async def subscribe(self, topic: str) -> None:
         """Subscribe, and have Redis confirm it. Raises ``redis.ResponseError`` when Redis refuses."""
