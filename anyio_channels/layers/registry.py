@@ -8,10 +8,10 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from .base import BaseChannelLayer
 
@@ -168,7 +168,7 @@ def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
     if parts.netloc or parts.path.strip("/") or parts.fragment:
         raise ValueError("a memory:// URL has no host, path or fragment: write memory:// or memory://?capacity=10")
     in_query = _query_options(
-        parts.query,
+        parse_qsl(parts.query, keep_blank_values=True),
         {"expiry": float, "group_expiry": float, "capacity": int, "max_message_size": int},
     )
     _require_known_options(options, (*_COMMON_OPTIONS, "clock"))
@@ -177,39 +177,22 @@ def _create_memory(url: str, options: dict[str, Any]) -> BaseChannelLayer:
 
 
 def _create_redis(url: str, options: dict[str, Any]) -> BaseChannelLayer:
-    parts = urlsplit(url)
-    server, kind = parts.scheme.removesuffix("+pubsub"), parts.scheme.rpartition("+")[2]
+    scheme, _, rest = url.partition("://")
+    server = scheme.removesuffix("+pubsub")
     try:
-        from .redis import RedisChannelLayer, RedisPubSubChannelLayer  # noqa: PLC0415 - as above
+        from anyio_channels.redis.client import options_of, split_url  # noqa: PLC0415 - as above
+
+        from .redis import RedisChannelLayer, RedisPubSubChannelLayer  # noqa: PLC0415
     except ImportError as error:
-        raise ImportError(
-            f"a {parts.scheme}:// channel layer needs an extra: pip install 'anyio_channels[redis]'"
-        ) from error
-    # The query holds options of the layer and of the connection; the redis package reads the latter.
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    _require_options_of_urls(server, [name for name, _ in pairs])
-    in_query = _query_options(urlencode([pair for pair in pairs if pair[0] in _REDIS_TYPES]), _REDIS_TYPES)
-    rest = urlencode([pair for pair in pairs if pair[0] not in _REDIS_TYPES])
-    place = url.partition("://")[2].partition("?")[0]
-    tail = f"?{rest}" if rest else ""
-    login, at, nodes = place.rpartition("@")
-    names, slash, path = nodes.partition("/")
-    if "," in names and not all(names.split(",")):
-        raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
-    if "," in place and "@" in login:
-        raise ValueError(
-            "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
-        )
-    is_cluster = server.endswith("+cluster")
+        raise ImportError(f"a {scheme}:// channel layer needs an extra: pip install 'anyio_channels[redis]'") from error
+    # The query holds options of the layer and of the connection; the client takes the latter.
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    _require_options_of_urls(options_of(server), [name for name, _ in pairs])
+    hosts, is_cluster, of_layer = split_url(f"{server}://{rest}", _REDIS_TYPES)
+    in_query = _query_options(of_layer, _REDIS_TYPES)
     if is_cluster:
-        server = server.removesuffix("+cluster")
         options = {**options, "cluster": True}
-    if is_cluster or ("," in names and server in {"redis", "rediss"}):
-        # Each server of the list with what else the URL says.
-        hosts = [f"{server}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
-    else:
-        hosts = [f"{server}://{place}{tail}"]
-    if kind == "pubsub":
+    if server != scheme:
         _require_known_options(options, (*_REDIS_OPTIONS, "on_disconnect", "on_reconnect"))
         if "random_prefix_length" in in_query:
             raise TypeError(
@@ -258,9 +241,9 @@ _REDIS_OPTIONS: Final = (
 _COMMON_OPTIONS: Final = ("expiry", "group_expiry", "capacity", "channel_capacity", "max_message_size", "default")
 
 
-def _query_options(query: str, types: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+def _query_options(pairs: Iterable[tuple[str, str]], types: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
+    for name, text in pairs:
         if name not in types:
             raise TypeError(f"unknown option {name!r} in a channel layer URL; there are: {', '.join(types)}")
         _require_once(found, {name: text})
@@ -271,12 +254,7 @@ def _query_options(query: str, types: dict[str, Callable[[str], Any]]) -> dict[s
     return found
 
 
-def _require_options_of_urls(scheme: str, names: Iterable[str]) -> None:
-    from .redis.endpoint import OPTIONS  # noqa: PLC0415 - as above
-
-    known = sorted(OPTIONS)
-    if scheme.endswith("+sentinel"):
-        known += ["sentinel_password", "sentinel_username"]
+def _require_options_of_urls(known: Sequence[str], names: Iterable[str]) -> None:
     for name in names:
         if name in _REDIS_OPTIONS and name not in _REDIS_TYPES:
             raise TypeError(f"option {name!r} cannot be said in a channel layer URL: give it as a keyword argument")

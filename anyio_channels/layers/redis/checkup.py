@@ -18,11 +18,12 @@ from statistics import median
 from typing import Any, Final, Literal
 
 import redis.exceptions
-from anyio import CancelScope, create_task_group, fail_after
+from anyio import CancelScope, fail_after
+
+from anyio_channels.redis.client import Link, replies, try_each
 
 from .keys import glob_escaped, keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 from .layer import RedisLayer
-from .link import Link
 from .pop import POPS_MANY
 from .queue import RedisChannelLayer
 from .scripts import CLUSTERED, GIVE_BACK, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, POP, SEND, TICK
@@ -77,7 +78,7 @@ async def check_up(layer: RedisLayer, trial: RedisLayer, clock: Callable[[], flo
     return findings
 
 
-def _unreached(server: str | None, error: redis.exceptions.RedisError) -> Finding:
+def _unreached(server: str | None, error: Exception) -> Finding:
     return Finding("reached", server, "wrong", str(error).partition("; the command ")[0], _what_to_do(error))
 
 
@@ -161,23 +162,14 @@ class _Checkup:
     async def _reach(self) -> list[Link]:
         """Connect to all at the same time; return the links that are up."""
         links = self.view.links
-        errors: dict[Link, redis.exceptions.RedisError] = {}
-
-        async def reach(link: Link) -> None:
-            try:
-                await link.opened()
-            except redis.exceptions.RedisError as error:
-                errors[link] = error
-
-        async with create_task_group() as tasks:
-            for link in links:
-                tasks.start_soon(reach, link)
+        errors = dict(await try_each(Link.opened, links))
         for link in links:
-            if link in errors:
-                self.findings.append(_unreached(link.name, errors[link]))
+            error = errors[link]
+            if error is not None:
+                self.findings.append(_unreached(link.name, error))
             else:
                 self.note("reached", link.name, "ok", "connected and logged in")
-        return [link for link in links if link not in errors]
+        return [link for link in links if errors[link] is None]
 
     async def _look_after(self, link: Link) -> None:
         """Check one server."""
@@ -261,8 +253,8 @@ class _Checkup:
 
     async def _check_clock(self, link: Link) -> None:
         before = self.clock()
-        seconds, micros = await link.execute("TIME")
-        offset = int(seconds) + int(micros) / 1_000_000 - (before + self.clock()) / 2
+        seconds: float = await link.execute("TIME", parse=replies.seconds)
+        offset = seconds - (before + self.clock()) / 2
         self.offsets[link.name] = offset
         found = f"{abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this machine"
         verdict: Verdict = "ok" if abs(offset) <= _SKEW else "warning" if abs(offset) < self.layer.expiry else "wrong"
@@ -340,6 +332,7 @@ class _Checkup:
             messages = [
                 call(CLUSTERED[SEND], [key], entry, 10, _SECONDS, note),
                 call(CLUSTERED[POP], [key], 1, _SECONDS, room),
+                call(CLUSTERED[POP], [key], 1, _SECONDS, room),  # by its digest now
                 run("ASKING"),
             ]
         else:
@@ -347,6 +340,7 @@ class _Checkup:
             messages = [
                 call(SEND, [key], entry, 10, _SECONDS),
                 call(POP, [key, room], 1, _SECONDS),
+                call(POP, [key, room], 1, _SECONDS),  # by its digest now
                 call(GROUP_SEND, [key], _SECONDS, 10, entry),
                 run("BZPOPMIN", key, _BRIEFLY),
                 run("CLIENT", "ID"),
@@ -396,12 +390,12 @@ class _Checkup:
 
     def _name_at(self, link: Link, make: Callable[[str], str]) -> str | None:
         """Return a name made by ``make`` that nobody else has, and that the server of ``link`` owns."""
-        topology = self.layer._topology  # noqa: SLF001 - a part of the layer
+        router = self.layer._router  # noqa: SLF001 - a part of the layer
         names = (make(f"{self.name}.{number}") for number in range(_TRIES))
-        return next((name for name in names if not topology.clustered or topology.owner(name, name) is link), None)
+        return next((name for name in names if not router.clustered or router.owner(name, name) is link), None)
 
     def _key_at(self, link: Link, key: str) -> str | None:
-        return self.layer._topology.key_at(link, key)  # noqa: SLF001 - a part of the layer
+        return self.layer._router.key_at(link, key)  # noqa: SLF001 - a part of the layer
 
     # The prefix
 
@@ -427,8 +421,8 @@ class _Checkup:
             strange = odd_keys(ours, under)
             odd |= strange
             ordinary = sorted(set(keys_of(ours, under)) - strange)
-            types = await ask_all(link, [("TYPE", key) for key in ordinary])
-            wrong |= {key for key, kind in zip(ordinary, types, strict=True) if kind not in ("zset", b"zset")}
+            types = await ask_all(link, [("TYPE", key) for key in ordinary], parse=replies.text)
+            wrong |= {key for key, kind in zip(ordinary, types, strict=True) if kind != "zset"}
         clashing = {other for other in marked - {ours} if other.startswith(ours) or ours.startswith(other)}
         self.note(
             "prefix",
@@ -453,7 +447,9 @@ class _Checkup:
         kind = "SHARDCHANNELS" if self.layer.cluster else "CHANNELS"
         others: set[bytes] = set()
         for link in links:
-            others |= prefixes_of_groups(await link.execute("PUBSUB", kind, "*__group__*")) - {ours}
+            others |= prefixes_of_groups(
+                await link.execute("PUBSUB", kind, "*__group__*", parse=replies.bytes_list)
+            ) - {ours}
         self.note(
             "prefix",
             None,

@@ -24,14 +24,12 @@ from anyio_channels.layers.codec import RESERVED_KEY, Unreadable
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Waiter
 from anyio_channels.log import GIVE_BACK_FAILED, POP_REFUSED, SUBSCRIPTION_REFUSED, said
+from anyio_channels.redis.client import OUTAGE, ConnectionLost, Link, LinkEvents, Request, Subscriptions
 
-from .connection import ConnectionLost, Request
 from .layer import RedisLayer
-from .link import Link
 from .notices import Notices
-from .pop import PASSING, Popper
-from .scripts import CLUSTERED, GIVE_BACK, POP
-from .subscriptions import Subscriptions
+from .pop import Popper
+from .scripts import CLUSTERED, GIVE_BACK, POP, PoppedReply
 from .twice import Taken
 
 __all__ = ["Failure", "Popped", "QueueChannel", "QueueIntake"]
@@ -123,12 +121,8 @@ class QueueIntake(RedisLayer):
         """The smallest capacity that a channel may have. For parts of the layer."""
         self._poppers: dict[Link, Popper | Notices] = {}
         self._notices = Notices(self)
-        notes = (f"{self.prefix}:sent:{{", f"{self.prefix}:room:{{")
-        self._topology.is_note = lambda text: isinstance(text, str) and text.startswith(notes)
         # A blocking pop listens for itself; in a cluster these are the channels of note_key().
-        self.subscriptions: Subscriptions = Subscriptions(
-            self._topology, self._execute, self._log_forbidden, self._listening
-        )
+        self.subscriptions: Subscriptions = Subscriptions(self._router, self._log_forbidden, self._listening)
         self._restless: set[QueueChannel] = set()
         self._late: defaultdict[Link, list[tuple[QueueChannel, Popped]]] = defaultdict(list)
         self._to_leave: list[tuple[str, str]] = []
@@ -136,8 +130,17 @@ class QueueIntake(RedisLayer):
     def _make_directory(self) -> Directory:
         return _QueueDirectory(self)
 
-    def _add_popper(self, link: Link) -> None:
-        self._poppers[link] = self._notices if self._topology.clustered else Popper(self, link)
+    def _new_link(self, link: Link) -> None:
+        self._poppers[link] = self._notices if self._router.clustered else Popper(self, link)
+        super()._new_link(link)
+
+    def second_link(self, link: Link, events: LinkEvents) -> Link:
+        """Return another link to the same server, not running. For parts of the layer."""
+        return self._router.second_link(link, events)
+
+    def start_link(self, link: Link) -> None:
+        """Have ``link`` run as long as the layer, unless it does. For parts of the layer."""
+        self._router.start(link)
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
         self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
@@ -152,8 +155,8 @@ class QueueIntake(RedisLayer):
 
     def pop_soon(self, key: str, count: int, done: Callable[[Request], object]) -> None:
         """Pop so many messages, and tell senders who wait for room. For parts of the layer."""
-        link = self._topology.owner(key[len(self.prefix) :], key)
-        if self._topology.clustered:
+        link = self._router.owner(key[len(self.prefix) :], key)
+        if self._router.clustered:
             link.call_soon(CLUSTERED[POP], [key], count, self.expiry, self.room_key(key), done=done)
         else:
             link.call_soon(POP, [key, self.room_key(key)], count, self.expiry, done=done)
@@ -175,10 +178,10 @@ class QueueIntake(RedisLayer):
     def _link_of(self, name: str) -> Link:
         """Return the link to the server that owns the channel ``name``."""
         name = self.non_local_name(name)
-        return self._topology.owner(name, self.prefix + name)
+        return self._router.owner(name, self.prefix + name)
 
     def _link_of_group(self, group: str) -> Link:
-        return self._topology.owner(group, self.group_key(group))
+        return self._router.owner(group, self.group_key(group))
 
     def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
         name = self.non_local_name(channel.name)
@@ -223,7 +226,7 @@ class QueueIntake(RedisLayer):
         popper.fetches[link] -= 1
         if request.error is None:
             self._popped(channel, request.reply)
-        elif not isinstance(request.error, PASSING):
+        elif not isinstance(request.error, OUTAGE):
             self._fail_readers(channel, request.error)
         else:
             popper.refused(request.error)
@@ -232,12 +235,11 @@ class QueueIntake(RedisLayer):
         else:
             self.look_after(channel)
 
-    def _popped(self, channel: QueueChannel, reply: Any) -> None:
+    def _popped(self, channel: QueueChannel, popped: PoppedReply) -> None:
         """Entries of a normal channel came."""
-        expired, now, entries = reply
-        self._expired_there += expired
-        for entry, score in zip(entries[::2], entries[1::2], strict=True):
-            self.put_normal(channel, entry, score, float(now))
+        self._expired_there += popped.expired
+        for entry, score in popped.entries:
+            self.put_normal(channel, entry, score, popped.now)
 
     def count_expired(self, expired: int) -> None:
         """So many messages had expired in Redis. For parts of the layer."""
@@ -312,7 +314,7 @@ class QueueIntake(RedisLayer):
             error = request.error
             if error is None:
                 return
-            if self._is_open and isinstance(error, PASSING) and not getattr(error, "may_have_run", False):
+            if self._is_open and isinstance(error, OUTAGE) and not getattr(error, "may_have_run", False):
                 for item in items:
                     self.put_normal(channel, item.entry, item.score, link.server_time)  # for a reader here, or later
                 self.look_after(channel)

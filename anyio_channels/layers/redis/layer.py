@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import secrets
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -30,12 +30,18 @@ from anyio_channels.layers.codec import PayloadCodec, SerializerFormat
 from anyio_channels.layers.local import Channel, Directory
 from anyio_channels.layers.mailbox import Books, Mailroom, Waiter
 from anyio_channels.log import CHANNEL_DROPPED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, MESSAGE_UNREADABLE, Troubles, said
-
-from .cluster import Cluster
-from .endpoint import Host
-from .link import Link, Server
-from .sentinel import Sentinels
-from .topology import Topology
+from anyio_channels.redis.client import (
+    Connection,
+    ConnectionLost,
+    Host,
+    Link,
+    LinkEvents,
+    Router,
+    Server,
+    Timeouts,
+    at_each,
+    make_router,
+)
 
 __all__ = ["RedisLayer", "RedisLayerStatistics"]
 
@@ -54,6 +60,31 @@ class RedisLayerStatistics(ChannelLayerStatistics):
     """How often a connection was lost and came back."""
     commands: int
     """Commands sent to Redis, handshakes among them."""
+
+
+class _Events(LinkEvents):
+    """Hands on to a layer what the client tells."""
+
+    def __init__(self, layer: RedisLayer) -> None:
+        self._layer = layer
+
+    def on_new(self, link: Link) -> None:
+        self._layer._new_link(link)  # noqa: SLF001 - a part of the layer
+
+    async def restore(self, link: Link, connection: Connection) -> None:
+        await self._layer._restore(link, connection)  # noqa: SLF001
+
+    def on_up(self, link: Link) -> None:
+        self._layer._up(link)  # noqa: SLF001
+
+    def on_down(self, link: Link) -> None:
+        self._layer._down(link)  # noqa: SLF001
+
+    def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - a name says where it is from
+        self._layer._pushed(push)  # noqa: SLF001
+
+    def on_moved(self, moved: set[int], lost: set[int]) -> None:
+        self._layer._servers_changed(moved, lost)  # noqa: SLF001
 
 
 class RedisLayer(BaseChannelLayer):
@@ -108,7 +139,7 @@ class RedisLayer(BaseChannelLayer):
         self._decode = self._codec.decode_copy
         if not isinstance(cluster, bool):
             raise TypeError(f"cluster must be True or False, not {cluster!r}")
-        self._topology = Cluster(hosts) if cluster else Topology(hosts)
+        self._router: Router = make_router(hosts, cluster=cluster)
         self.cluster: bool = cluster
         self._clock = clock
         self._troubles = Troubles(clock, self.expiry, self)
@@ -125,22 +156,22 @@ class RedisLayer(BaseChannelLayer):
         self._sent = 0
         self._unreadable = 0
         self._missed = 0
-        self._links: list[Link] = []
 
     def __repr__(self) -> str:
         """Say which layer it is by its servers and options; no password among them."""
         return (
-            f"<{type(self).__name__} {self._topology.name} prefix={self.prefix!r} expiry={self.expiry} "
+            f"<{type(self).__name__} {self._router.name} prefix={self.prefix!r} expiry={self.expiry} "
             f"capacity={self.capacity}>"
         )
 
     @property
     def server(self) -> tuple[str, int | None] | None:
         """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
-        endpoint = self._topology.endpoints[0]
-        if self.cluster or len(self._topology.endpoints) > 1 or isinstance(endpoint, Sentinels):
+        server = self._router.servers[0]
+        if self.cluster or len(self._router.servers) > 1 or not isinstance(server, Server):
             return None
-        return (endpoint.host, endpoint.port) if endpoint.path is None else (endpoint.path, None)
+        address = server.address
+        return (address.host, address.port) if address.path is None else (address.path, None)
 
     # What the two layers make of it
 
@@ -148,21 +179,46 @@ class RedisLayer(BaseChannelLayer):
     def _make_directory(self) -> Directory:
         """Return the blank list of channels and groups."""
 
+    def _new_link(self, link: Link) -> None:
+        """There is another server to serve."""
+        if self._is_open:
+            self._runs.start_soon(self._tick_for_ever, link)
+
     @abstractmethod
-    def _make_link(self, endpoint: Server) -> Link:
-        """Return the link for commands to a server, not running."""
+    async def _restore(self, link: Link, connection: Connection) -> None:
+        """Make a new connection what the last one was."""
+
+    @abstractmethod
+    def _up(self, link: Link) -> None:
+        """A connection is there, and restored."""
+
+    @abstractmethod
+    def _down(self, link: Link) -> None:
+        """The connection was lost."""
+
+    @abstractmethod
+    def _pushed(self, push: list[Any]) -> None:
+        """A server sent something unasked."""
 
     @abstractmethod
     def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
-        """Where what ``channel`` receives comes from: names and their keys, as ``Topology.owner`` takes them."""
+        """Where what ``channel`` receives comes from: names and their keys, as ``Router.owner`` takes them."""
 
     @abstractmethod
     def _servers_changed(self, moved: set[int], lost: set[int]) -> None:
         """Slots of a cluster have other owners; ``lost``: whose owner was gone."""
 
-    @abstractmethod
-    async def _execute(self, link: Link, *command: Any) -> Any:
+    async def _execute(self, link: Link, *command: Any, parse: Callable[[Any], Any] | None = None) -> Any:
         """Send a command; while the layer is being closed, errors say so."""
+        try:
+            return await link.execute(*command, parse=parse)
+        except ConnectionLost as error:
+            self._raise_closed(error)
+            raise
+
+    def _raise_closed(self, error: ConnectionLost) -> None:
+        if not self._is_open:
+            raise ClosedResourceError(f"{self!r} was closed") from error
 
     @abstractmethod
     async def _do_chores(self) -> None:
@@ -196,8 +252,7 @@ class RedisLayer(BaseChannelLayer):
         self._reset()
         self._token = current_token().native_token
         self._thread = get_ident()
-        await self._topology.open(self._make_link, self._serve, self._servers_changed, self)
-        self._links += self._topology.links
+        await self._router.open(_Events(self), self.timeouts)
         self._is_open = True
         self._was_closed = False
         # Whoever cancels all around the layer has it closed in order: until then the connection is needed.
@@ -208,31 +263,13 @@ class RedisLayer(BaseChannelLayer):
         await self._tasks.__aenter__()
         try:
             self._tasks.start_soon(self._live)
-            await self._until_reached()
+            await self._router.reached()
         except BaseException:
             self._is_open = False
             with CancelScope(shield=True):
                 await self._stop()
             await self._tasks.__aexit__(None, None, None)
             raise
-
-    async def _until_reached(self) -> None:
-        links = self._topology.links
-        errors: list[redis.exceptions.RedisError] = []
-
-        async def wait(link: Link) -> None:
-            try:
-                await link.opened()
-            except redis.exceptions.RedisError as error:
-                errors.append(error)
-                if link.refused:
-                    waiting.cancel_scope.cancel()
-
-        async with create_task_group() as waiting:
-            for link in links:
-                waiting.start_soon(wait, link)
-        if len(errors) == len(links) or any(link.refused for link in links):
-            raise errors[-1]
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -265,30 +302,11 @@ class RedisLayer(BaseChannelLayer):
         self._room.wake(rung)
         try:
             with move_on_after(self.timeout):
-                await self._at_each(self._take_leave, self._topology.links)
+                await at_each(self._take_leave, self._router.links)
         finally:
             with CancelScope(shield=True):
                 await self._stop()
             self._troubles.close()
-
-    async def _at_each(self, call: Callable[[Link], Awaitable[None]], links: Sequence[Link]) -> None:
-        """Await ``call`` for each of ``links``, at the same time; when all have ended, raise the first error."""
-        if len(links) == 1:
-            await call(links[0])
-            return
-        errors: list[Exception] = []
-
-        async def try_call(link: Link) -> None:
-            try:
-                await call(link)
-            except (redis.exceptions.RedisError, ClosedResourceError) as error:
-                errors.append(error)
-
-        async with create_task_group() as tasks:
-            for link in links:
-                tasks.start_soon(try_call, link)
-        if errors:
-            raise errors[0]
 
     async def _take_leave(self, link: Link) -> None:
         try:
@@ -308,26 +326,11 @@ class RedisLayer(BaseChannelLayer):
                 async with create_task_group() as tasks:
                     self._runs = tasks
                     tasks.start_soon(self._do_chores_for_ever)
-                    tasks.start_soon(self._topology.run)
-                    for link in self._topology.links:
-                        tasks.start_soon(link.run)
+                    tasks.start_soon(self._router.run)
+                    for link in self._router.links:
                         tasks.start_soon(self._tick_for_ever, link)
-                    for endpoint in self._topology.endpoints:
-                        if isinstance(endpoint, Sentinels):
-                            tasks.start_soon(self._follow, endpoint)
         finally:
             self._stopped.set()
-
-    def _serve(self, link: Link) -> None:
-        """Use a server that was not there when the layer was opened."""
-        self.start_link(link)
-        self._runs.start_soon(self._tick_for_ever, link)
-
-    def start_link(self, link: Link) -> None:
-        """Have ``link`` run as long as the layer, unless it does. For parts of the layer."""
-        if link not in self._links:
-            self._links.append(link)
-            self._runs.start_soon(link.run)
 
     async def _tick_for_ever(self, link: Link) -> None:
         while not link.retired:
@@ -339,20 +342,6 @@ class RedisLayer(BaseChannelLayer):
                 except redis.exceptions.RedisError as error:
                     KEEP_ALIVE_FAILED.write(layer=repr(self), server=link.name, error=said(error))
 
-    async def _follow(self, sentinels: Sentinels) -> None:
-        """Hear of it when there is another primary, and go there."""
-
-        def switched(name: str) -> None:
-            for link in self._links:
-                if link.endpoint is sentinels and (link.connection is None or link.connection.server != name):
-                    link.reconnect("Sentinel says that there is another primary")
-
-        watch = sentinels.watch(switched, timeout=self.timeout, connect_timeout=self.connect_timeout)
-        self.start_link(watch)
-        while True:
-            await sleep(self.keep_alive)
-            watch.submit("PING")  # whether it is answered the connection itself sees
-
     async def _do_chores_for_ever(self) -> None:
         while True:
             await self._chores_bell.wait()
@@ -362,6 +351,11 @@ class RedisLayer(BaseChannelLayer):
     def note_chore(self) -> None:
         """Something was noted for ``_do_chores``; callable anywhere in the event loop, also under the lock. For parts of it."""
         self._chores_bell.set()
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """What links to the servers are made with. For parts of the layer."""
+        return Timeouts(timeout=self.timeout, connect_timeout=self.connect_timeout, keep_alive=self.keep_alive)
 
     @property
     def is_open(self) -> bool:
@@ -472,7 +466,7 @@ class RedisLayer(BaseChannelLayer):
 
     def mark_outage(self, link: Link) -> None:
         """What the server of ``link`` owns may have missed something. For parts of the layer."""
-        self._mark_gaps(lambda name, key: self._topology.owner(name, key) is link)
+        self._mark_gaps(lambda name, key: self._router.owner(name, key) is link)
 
     def _mark_gaps(self, is_touched: Callable[[str, str], bool]) -> None:
         """Every inbox that wants to know is told that it may have missed something, if it lives there."""
@@ -502,9 +496,9 @@ class RedisLayer(BaseChannelLayer):
                 dropped_full=books.dropped_full + self._missed,
                 dropped_unreadable=self._unreadable,
                 discarded=books.discarded,
-                connections=sum(link.connection is not None for link in self._links),
-                reconnects=sum(max(0, link.connects - 1) for link in self._links),
-                commands=sum(link.commands for link in self._links),
+                connections=sum(link.connection is not None for link in self._router.running),
+                reconnects=sum(max(0, link.connects - 1) for link in self._router.running),
+                commands=sum(link.commands for link in self._router.running),
             )
         self._room.wake(rung)
         self._troubles.look()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from anyio import Event
 
-from .connection import ConnectionLost, Request
-from .link import Link
-from .pop import PASSING
+from anyio_channels.redis.client import OUTAGE, ConnectionLost, Link, Request
+
+from .scripts import PoppedReply
 
 if TYPE_CHECKING:
     from .intake import QueueChannel, QueueIntake
@@ -120,13 +120,13 @@ class Notices:
         more = key in self._again
         self._again.discard(key)
         if request.error is None:
-            expired, now, entries = request.reply
-            self._layer.count_expired(expired)
-            for entry, score in zip(entries[::2], entries[1::2], strict=True):
-                self._layer.put_own(key, self.own[key], entry, float(score), float(now))
-            more = more or len(entries) >= 2 * _DRAIN
+            popped: PoppedReply = request.reply
+            self._layer.count_expired(popped.expired)
+            for entry, score in popped.entries:
+                self._layer.put_own(key, self.own[key], entry, float(score), popped.now)
+            more = more or len(popped.entries) >= _DRAIN
         else:
-            if not isinstance(request.error, PASSING):
+            if not isinstance(request.error, OUTAGE):
                 self._layer.fail_own([key], request.error)
             self.refused(request.error)
         if more:

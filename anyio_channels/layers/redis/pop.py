@@ -10,37 +10,29 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import redis.exceptions
 from anyio import Event
 
-from .connection import Argument, Connection, ConnectionLost, Request
-from .link import Link
-from .scripts import POP
+from anyio_channels.redis.client import OUTAGE, Argument, Connection, ConnectionLost, Link, LinkEvents, Request, replies
+
+from .scripts import POP, PoppedReply
 
 if TYPE_CHECKING:
     from .intake import QueueChannel, QueueIntake
 
-__all__ = ["PASSING", "POPS_MANY", "Popper"]
+__all__ = ["POPS_MANY", "Popper"]
 
 _DRAIN: Final = 1000
 """How many messages are popped at once from what only this process reads."""
 POPS_MANY: Final = (7, 0)
 """The version of Redis from which on one pop takes many."""
-PASSING: Final = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.AskError,
-)
-"""What will pass: readers wait."""
 
 
-class Popper:
+class Popper(LinkEvents):
     """What is waited for on one server, and the pop that waits there."""
 
     def __init__(self, layer: QueueIntake, link: Link) -> None:
@@ -60,24 +52,20 @@ class Popper:
         self._commands = link
         self._to_drain: set[str] = set()
         self._ended: Event | None = None
-        self._text_first = True
         self._rounds = 0
+        self._popped_at_once = False
         self._client_id = 0
         self._wake_key = f"{layer.prefix}:wake:{layer.client}"
-        self.link: Link = Link(
-            link.endpoint,
-            timeout=layer.timeout,
-            connect_timeout=layer.connect_timeout,
-            restore=self._ask_for_id,
-            on_up=self._up,
-        )
+        self.link: Link = layer.second_link(link, self)
 
-    async def _ask_for_id(self, connection: Connection) -> None:
-        self._client_id = await connection.execute("CLIENT", "ID")
+    async def restore(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - there is one
+        """Ask who we are, and what the server can."""
+        self._client_id = await connection.execute("CLIENT", "ID", parse=replies.whole)
         self.pops_many = connection.version >= POPS_MANY
 
-    def _up(self, connection: Connection) -> None:  # noqa: ARG002 - the pop asks for it
-        if self.link.connects > 1:
+    def on_up(self, link: Link) -> None:
+        """Pop again."""
+        if link.connects > 1:
             self._layer.mark_outage(self._commands)  # the last pop may have taken something that did not come
         self.pop()
 
@@ -173,16 +161,14 @@ class Popper:
             return  # it begins when the connection is up
         self.waking = False
         self._rounds += 1
+        patience = layer.keep_alive + layer.timeout
         if self.blocked:
             self._to_drain.update(self.own)  # a busy normal channel must not keep them waiting
         for key in self._to_drain:
-            script = ("EVALSHA", POP.digest)
-            if self._text_first:
-                script = ("EVAL", POP.text)
-                self._text_first = False
-            connection.submit(
-                *script, 2, key, layer.room_key(key), _DRAIN, layer.expiry,
-                done=partial(self._drained, key),
+            # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
+            self.link.call_soon(
+                POP, [key, layer.room_key(key)], _DRAIN, layer.expiry,
+                done=partial(self._drained, key), timeout=patience,
             )  # fmt: skip
         self._to_drain.clear()
         # Redis serves the first key that has something: each should come first at times.
@@ -190,10 +176,13 @@ class Popper:
         keys = [self._wake_key, *keys[turn:], *keys[:turn]]
         self.popping = True
         command: tuple[Argument, ...] = ("BZPOPMIN", *keys, layer.keep_alive)
+        parse: Callable[[Any], Any] = replies.popped_one
         if self.pops_many and not self.blocked:
             # Only keys of this process: it may have all at once.
             command = ("BZMPOP", layer.keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
-        connection.submit(*command, done=self._answered, timeout=layer.keep_alive + layer.timeout)
+            parse = replies.popped_many
+        self._popped_at_once = parse is replies.popped_many
+        connection.submit(*command, parse=parse, done=self._answered, timeout=patience)
 
     def _answered(self, request: Request) -> None:
         self.popping = False
@@ -206,48 +195,39 @@ class Popper:
             self._refused(request.error)
             return
         if request.reply is not None:
-            key = request.reply[0].decode()
-            if len(request.reply) == 2:  # noqa: PLR2004 - BZMPOP: the key, and a list of pairs
-                self._popped_many(key, request.reply[1])
-            else:
-                self._popped_one(key, *request.reply[1:])
+            self._popped(*request.reply)
         self.pop()
 
-    def _popped_one(self, key: str, entry: bytes, score: float) -> None:
+    def _popped(self, key: str, entries: list[tuple[bytes, float]]) -> None:
+        server_time = self.link.server_time
         if key in self.own:
-            self._layer.put_own(key, self.own[key], entry, score, self.link.server_time)
-            self._to_drain.add(key)
+            for entry, score in entries:
+                self._layer.put_own(key, self.own[key], entry, score, server_time)
+            if not self._popped_at_once or len(entries) >= self._layer.least_capacity:
+                # There may be more; or it may have been full, and senders may wait for room: that script tells them.
+                self._to_drain.add(key)
         elif key in self.blocked:
             channel = self.blocked.pop(key)
             channel.blocked = False
-            self._layer.put_normal(channel, entry, repr(float(score)), self.link.server_time)
+            for entry, score in entries:
+                self._layer.put_normal(channel, entry, repr(score), server_time)
             self._layer.fetch(channel)  # for more readers, and for senders who wait for room
             self._layer.look_after(channel)  # its last reader may have left while the pop was on its way
 
-    def _popped_many(self, key: str, entries: list[tuple[bytes, float]]) -> None:
-        if key == self._wake_key:
-            return
-        server_time = self.link.server_time
-        for entry, score in entries:
-            self._layer.put_own(key, self.own[key], entry, score, server_time)
-        if len(entries) >= self._layer.least_capacity:
-            self._to_drain.add(key)  # it may have been full, and senders may wait for room: that script tells them
-
     def _drained(self, key: str, request: Request) -> None:
         if request.error is not None:
-            self._text_first = True  # Redis has lost the script, most likely
             self._to_drain.add(key)
             return
-        expired, now, entries = request.reply
-        self._layer.count_expired(expired)
-        for entry, score in zip(entries[::2], entries[1::2], strict=True):
-            self._layer.put_own(key, self.own[key], entry, float(score), float(now))
-        if len(entries) >= 2 * _DRAIN:
+        popped: PoppedReply = request.reply
+        self._layer.count_expired(popped.expired)
+        for entry, score in popped.entries:
+            self._layer.put_own(key, self.own[key], entry, float(score), popped.now)
+        if len(popped.entries) >= _DRAIN:
             self._to_drain.add(key)
 
     def _refused(self, error: Exception) -> None:
         """Redis does not pop: because of one of the keys, or for a while."""
-        if not isinstance(error, PASSING):
+        if not isinstance(error, OUTAGE):
             if not self.blocked:
                 self._layer.fail_own(self.own, error)  # it is a key of this process
             # Whose key it is shows when they are fetched one by one; its readers are told.

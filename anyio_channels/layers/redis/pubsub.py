@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis.exceptions
-from anyio import ClosedResourceError
 from redis.crc import key_slot
 
 from anyio_channels.layers.base import Message, OnGap, Overflow
@@ -27,12 +26,9 @@ from anyio_channels.layers.codec import EXCLUDE_KEY, SerializerFormat, Unreadabl
 from anyio_channels.layers.local import Channel, Directory, Group
 from anyio_channels.layers.mailbox import Waiter
 from anyio_channels.log import GROUP_SEND_DROPPED, SUBSCRIPTION_REFUSED, said
+from anyio_channels.redis.client import Connection, ConnectionLost, Host, Link, Subscriptions, at_each
 
-from .connection import ConnectionLost
-from .endpoint import Host
 from .layer import RedisLayer, RedisLayerStatistics
-from .link import Link, Server
-from .subscriptions import Subscriptions
 from .twice import MARK_LENGTH, Heard, Marks
 
 __all__ = ["RedisPubSubChannelLayer"]
@@ -144,7 +140,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         )
 
     def _reset(self) -> None:
-        self.subscriptions: Subscriptions = Subscriptions(self._topology, self._execute, self._log_forbidden)
+        self.subscriptions: Subscriptions = Subscriptions(self._router, self._log_forbidden)
         self._deserted: set[_PubSubChannel] = set()
         self._marks = Marks()
         self._heard = Heard()
@@ -153,21 +149,9 @@ class RedisPubSubChannelLayer(RedisLayer):
     def _make_directory(self) -> Directory:
         return _PubSubDirectory(self)
 
-    def _make_link(self, endpoint: Server) -> Link:
-        link = self._topology.link_class(
-            endpoint,
-            timeout=self.timeout,
-            connect_timeout=self.connect_timeout,
-            restore=lambda connection: self.subscriptions.restore(link, connection),
-            on_up=lambda _: self._up(link),
-            on_down=lambda: self._down(link),
-            on_push=self._pushed,
-        )
-        return link
-
     def _link_of(self, name: str) -> Link:
         """Return the link to the server that owns the Redis channel ``name``; by the whole of it, as for channels_redis."""
-        return self._topology.owner(name, name)
+        return self._router.owner(name, name)
 
     def _places(self, channel: Channel) -> Iterator[tuple[str, str]]:
         for name in (channel.name, *(self.group_key(group.name) for group in channel.groups or ())):
@@ -236,7 +220,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         self._require_open()
         channel = self._channel(self._new_name(prefix))
         try:
-            await self.subscriptions.confirm(channel.name)
+            await self._confirm(channel.name)
         except BaseException:
             self._forget(channel)
             raise
@@ -251,7 +235,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         self._require_open()
         self._clear()
         # What was sent before has arrived when this returns.
-        await self._at_each(lambda link: self._execute(link, "PING"), self._topology.links)
+        await at_each(lambda link: self._execute(link, "PING"), self._router.links)
         self._clear()
 
     def _clear(self) -> None:
@@ -329,7 +313,7 @@ class RedisPubSubChannelLayer(RedisLayer):
         name = self._new_name(prefix)
         self._open_inbox(name, capacity, overflow, on_gap)
         try:
-            await self.subscriptions.confirm(name)
+            await self._confirm(name)
         except BaseException:
             await self.inbox_close(name, ())
             raise
@@ -360,7 +344,7 @@ class RedisPubSubChannelLayer(RedisLayer):
             self._here.join(group, member, None if expiry is None else now + expiry)
         self._room.wake(rung)
         try:
-            await self.subscriptions.confirm(self.group_key(group))
+            await self._confirm(self.group_key(group))
         except BaseException:
             if is_new:
                 with self._room:
@@ -371,6 +355,16 @@ class RedisPubSubChannelLayer(RedisLayer):
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
         self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
+
+    async def _restore(self, link: Link, connection: Connection) -> None:
+        await self.subscriptions.restore(link, connection)
+
+    async def _confirm(self, name: str) -> None:
+        try:
+            await self.subscriptions.confirm(name)
+        except ConnectionLost as error:
+            self._raise_closed(error)
+            raise
 
     def _up(self, link: Link) -> None:
         """What is wanted was restored already."""
@@ -442,14 +436,6 @@ class RedisPubSubChannelLayer(RedisLayer):
             self._log_dropped(name)
 
     # The life of an open layer
-
-    async def _execute(self, link: Link, *command: Any) -> Any:
-        try:
-            return await link.execute(*command)
-        except ConnectionLost as error:
-            if not self._is_open:
-                raise ClosedResourceError(f"{self!r} was closed") from error
-            raise
 
     def look_after(self, channel: _PubSubChannel) -> None:
         """A message expired unread on ``channel``. For parts of the layer."""

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 import redis.exceptions
-from anyio import ClosedResourceError, Event, Lock, create_task_group, move_on_after
+from anyio import Event, Lock, move_on_after
 from redis.crc import key_slot
 
 from anyio_channels.exceptions import ChannelFull
@@ -26,13 +26,11 @@ from anyio_channels.layers.base import BaseChannelLayer, Message, OnGap, Overflo
 from anyio_channels.layers.codec import RESERVED_KEY, SerializerFormat
 from anyio_channels.layers.mailbox import Waiter
 from anyio_channels.log import GROUP_SEND_DROPPED, MEMBERSHIP_REFUSED, said
+from anyio_channels.redis.client import Connection, ConnectionLost, Host, Link, Request, Script, at_each, replies
 
-from .connection import Connection, ConnectionLost, Request
-from .endpoint import Host
 from .intake import QueueIntake
 from .keys import glob_escaped, keys_of
 from .layer import RedisLayerStatistics
-from .link import Link, Script, Server
 from .scripts import CLUSTERED, GROUP_ADD, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, TICK
 
 __all__ = ["RedisChannelLayer"]
@@ -134,19 +132,6 @@ class RedisChannelLayer(QueueIntake):
         self._rooms: dict[str, _Room] = {}
         self._renewed_at: dict[Link, float] = {}
 
-    def _make_link(self, endpoint: Server) -> Link:
-        link = self._topology.link_class(
-            endpoint,
-            timeout=self.timeout,
-            connect_timeout=self.connect_timeout,
-            restore=lambda connection: self._restore(link, connection),
-            on_down=lambda: self.subscriptions.lost(link),
-            on_up=lambda _: self._up(link),
-            on_push=self._pushed,
-        )
-        self._add_popper(link)
-        return link
-
     # Messages
 
     async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
@@ -177,7 +162,7 @@ class RedisChannelLayer(QueueIntake):
     async def _send_now(self, link: Link, key: str, entry: bytes, capacity: int) -> bool:
         """Send, or return ``False``: the channel is full."""
         reply: int
-        if self._topology.clustered:
+        if self._router.clustered:
             reply = await self._call(link, CLUSTERED[SEND], [key], entry, capacity, self.expiry, self.note_key(key))
         else:
             reply = await self._call(link, SEND, [key], entry, capacity, self.expiry)
@@ -202,17 +187,17 @@ class RedisChannelLayer(QueueIntake):
         await self._check_in()
         self._require_open()
         self._clear()
-        await self._at_each(self._flush_server, self._topology.links)
+        await at_each(self._flush_server, self._router.links)
         self._clear()
 
     async def _flush_server(self, link: Link) -> None:
         found: set[bytes] = set()
-        cursor: Any = 0
+        cursor = 0
         while True:
             scan = ("SCAN", cursor, "MATCH", glob_escaped(self.prefix) + "*", "COUNT", 1000)
-            cursor, keys = await self._execute(link, *scan)
+            cursor, keys = await self._execute(link, *scan, parse=replies.scanned)
             found.update(keys)
-            if int(cursor) == 0:
+            if cursor == 0:
                 break
         for key in keys_of(self.prefix.encode(), found):
             link.submit("UNLINK", key)
@@ -269,12 +254,12 @@ class RedisChannelLayer(QueueIntake):
             return
         batches: dict[Link, list[list[str]]] = {}
         for start, names in members.items():
-            batches.setdefault(self._topology.owner(start, self.prefix + start), []).append(names)
+            batches.setdefault(self._router.owner(start, self.prefix + start), []).append(names)
 
         async def send_there(link: Link) -> None:
             await self._send_batch(link, group, body, batches[link])
 
-        await self._at_each(send_there, list(batches))
+        await at_each(send_there, list(batches))
 
     async def _send_batch(self, link: Link, group: str, body: bytes, batch: list[list[str]]) -> None:
         """Send to the members of ``group`` on one server; ``batch`` has the names that share a key."""
@@ -284,36 +269,30 @@ class RedisChannelLayer(QueueIntake):
                 self.get_capacity(names[0]),
                 self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
             )
-        if self._topology.clustered:
+        if self._router.clustered:
             await self._send_to_slots(link, group, batch, arguments)
             return
         keys = [self.channel_key(names[0]) for names in batch]
-        expired, *full = await self._call(link, GROUP_SEND, keys, self.expiry, *arguments)
+        expired, full = await self._call(link, GROUP_SEND, keys, self.expiry, *arguments)
         self._expired_there += expired
         self._sent += sum(map(len, batch))
-        self._miss(group, sum(len(batch[number - 1]) for number in full))
+        self._miss(group, sum(len(names) for number, names in enumerate(batch, 1) if number in full))
 
     async def _send_to_slots(self, link: Link, group: str, batch: list[list[str]], arguments: list[Any]) -> None:
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""
         missed = 0
-        errors: list[Exception] = []
 
-        async def send(names: list[str], capacity: int, entry: bytes) -> None:
+        async def send(part: tuple[list[str], int, bytes]) -> None:
             nonlocal missed
-            try:
-                if not await self._send_now(link, self.channel_key(names[0]), entry, capacity):
-                    missed += len(names)
-            except (redis.exceptions.RedisError, ClosedResourceError) as error:
-                errors.append(error)
-            else:
-                self._sent += len(names)
+            names, capacity, entry = part
+            if not await self._send_now(link, self.channel_key(names[0]), entry, capacity):
+                missed += len(names)
+            self._sent += len(names)
 
-        async with create_task_group() as tasks:
-            for names, capacity, entry in zip(batch, arguments[::2], arguments[1::2], strict=True):
-                tasks.start_soon(send, names, capacity, entry)
-        self._miss(group, missed)
-        if errors:
-            raise errors[0]
+        try:
+            await at_each(send, list(zip(batch, arguments[::2], arguments[1::2], strict=True)))
+        finally:
+            self._miss(group, missed)
 
     def _miss(self, group: str, missed: int) -> None:
         if missed:
@@ -395,17 +374,6 @@ class RedisChannelLayer(QueueIntake):
             self._raise_closed(error)
             raise
 
-    async def _execute(self, link: Link, *command: Any) -> Any:
-        try:
-            return await link.execute(*command)
-        except ConnectionLost as error:
-            self._raise_closed(error)
-            raise
-
-    def _raise_closed(self, error: ConnectionLost) -> None:
-        if not self._is_open:
-            raise ClosedResourceError(f"{self!r} was closed") from error
-
     # Sending when there is room
 
     async def _send_when_room(self, link: Link, key: str, entry: bytes, capacity: int) -> None:
@@ -420,8 +388,8 @@ class RedisChannelLayer(QueueIntake):
                 while True:
                     self._require_open()
                     room.bell = Event()
-                    link = self._topology.owner(key[len(self.prefix) :], key)
-                    if self._topology.clustered:
+                    link = self._router.owner(key[len(self.prefix) :], key)
+                    if self._router.clustered:
                         call = self._call(
                             link, CLUSTERED[SEND_WAITING], [key], entry, capacity, self.expiry, self.note_key(key)
                         )
@@ -431,10 +399,10 @@ class RedisChannelLayer(QueueIntake):
                     self._expired_there += expired
                     if wait < 0:
                         return
-                    link = self._topology.owner(key[len(self.prefix) :], key)  # it may have moved
+                    link = self._router.owner(key[len(self.prefix) :], key)  # it may have moved
                     if listening_to is not link.connection:
                         listening_to = link.connection
-                        with suppress(*self._topology.passing):
+                        with suppress(*self._router.passing):
                             await self._execute(link, self._subscribe, marker)
                         continue  # room may have been made meanwhile
                     with move_on_after(min(wait / 1000, _RECHECK)):
@@ -467,11 +435,14 @@ class RedisChannelLayer(QueueIntake):
             connection.submit(self._subscribe, marker)  # whoever finds it too late looks again every second
         await self.subscriptions.restore(link, connection)
 
+    def _down(self, link: Link) -> None:
+        self.subscriptions.lost(link)
+
     def _up(self, link: Link) -> None:
         """A connection for commands is up: say what this process holds."""
         if link.connects > 1:
             self.mark_outage(link)
-        key = self._topology.key_at(link, self._prefix_key)
+        key = self._router.key_at(link, self._prefix_key)
         if key is not None:
             link.call_soon(TICK, [key], self._prefix_life, done=self._log_refusal)
         self._leave_now()
@@ -519,13 +490,13 @@ class RedisChannelLayer(QueueIntake):
 
     async def _tick(self, link: Link) -> None:
         before = time.monotonic()
-        key = self._topology.key_at(link, self._prefix_key)
+        key = self._router.key_at(link, self._prefix_key)
         there = True
         if key is None:
-            now = await link.execute("TIME")
+            now = await link.execute("TIME", parse=replies.seconds)
         else:
             there, now = await link.call(TICK, [key], self._prefix_life)
-        link.set_clock(int(now[0]) + int(now[1]) / 1_000_000, before)
+        link.set_clock(now, before)
         self._poppers[link].set_clock(link)
         if not there or before - self._renewed_at[link] >= self.group_expiry / 3:
             self._rejoin(link)  # Redis was emptied, or it is time

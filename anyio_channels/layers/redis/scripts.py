@@ -4,17 +4,29 @@ Rules:
 - every script declares its keys: managed and serverless Redis refuse others, and a cluster routes by them.
 - the time is the server's.
 - a channel's key is a sorted set of entries by the time they were sent; a group's, of channel names by the time they joined.
+- what each returns is checked beside it, by a function that its replies go through.
 - two entries of a channel never have the same score: Redis would order them by their bytes, which begin at random. A client
   whose clock runs ahead (channels_redis takes its own) drags the scores along, but by no more than a second.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, NamedTuple
 
-from .link import Script
+from anyio_channels.redis.client import Script, replies
 
-__all__ = ["CLUSTERED", "GIVE_BACK", "GROUP_ADD", "GROUP_MEMBERS", "GROUP_SEND", "POP", "SEND", "SEND_WAITING", "TICK"]
+__all__ = [
+    "CLUSTERED",
+    "GIVE_BACK",
+    "GROUP_ADD",
+    "GROUP_MEMBERS",
+    "GROUP_SEND",
+    "POP",
+    "SEND",
+    "SEND_WAITING",
+    "TICK",
+    "PoppedReply",
+]
 
 _NOW: Final = """
 local time = redis.call('TIME')
@@ -76,17 +88,53 @@ _SAY_POPPED: Final = """
 return {expired, string.format('%.6f', now), popped}
 """
 
+
+class PoppedReply(NamedTuple):
+    """What ``POP`` returns."""
+
+    expired: int
+    now: float
+    entries: list[tuple[bytes, bytes]]
+    """Entries with their scores, as Redis writes them."""
+
+
+def _popped(reply: Any) -> PoppedReply:
+    expired, now, flat = replies.items(reply, 3)
+    parts = replies.bytes_list(flat)
+    entries = list(zip(parts[::2], parts[1::2], strict=True))
+    for _, score in entries:
+        float(score)
+    return PoppedReply(replies.whole(expired), float(now), entries)
+
+
+def _sent_or_wait(reply: Any) -> tuple[int, int]:
+    expired, milliseconds = replies.items(reply, 2)
+    return replies.whole(expired), replies.whole(milliseconds)
+
+
+def _expired_and_full(reply: Any) -> tuple[int, list[int]]:
+    expired, *full = [replies.whole(one) for one in replies.items(reply)]
+    return expired, full
+
+
+def _ticked(reply: Any) -> tuple[bool, float]:
+    there, now = replies.items(reply, 2)
+    return bool(replies.whole(there)), replies.seconds(now)
+
+
 SEND: Final = Script.of(
     # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired; if the channel is full, -1 minus that.
-    _SEND + _SAY
+    _SEND + _SAY,
+    replies.whole,
 )
 
 SEND_WAITING: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired, and -1 when sent; if the channel is full, milliseconds until its oldest message
     # expires, and pops will tell.
-    _SEND + _MARK + _SAY_HOW_LONG
+    _SEND + _MARK + _SAY_HOW_LONG,
+    _sent_or_wait,
 )
 
 POP: Final = Script.of(
@@ -96,7 +144,8 @@ POP: Final = Script.of(
     + """
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') end
 """
-    + _SAY_POPPED
+    + _SAY_POPPED,
+    _popped,
 )
 
 CLUSTERED: Final = {
@@ -104,15 +153,17 @@ CLUSTERED: Final = {
     # marker in the key, and of a blocking pop, who waits is told by sharded pub/sub; its channel is in the slot of the key,
     # and the last of ARGV.
     # ARGV: entry, capacity, expiry (seconds), where readers listen.
-    SEND: Script.of(_SEND + _TELL_READERS + _SAY),
-    SEND_WAITING: Script.of(_SEND + _TELL_READERS + _SAY_HOW_LONG),
+    SEND: Script.of(_SEND + _TELL_READERS + _SAY, replies.whole, announces=True),
+    SEND_WAITING: Script.of(_SEND + _TELL_READERS + _SAY_HOW_LONG, _sent_or_wait, announces=True),
     POP: Script.of(
         # ARGV: how many, expiry (seconds), where senders listen for room.
         _POP
         + """
 if expired > 0 or #popped > 0 then redis.pcall('SPUBLISH', ARGV[3], '') end
 """
-        + _SAY_POPPED
+        + _SAY_POPPED,
+        _popped,
+        announces=True,
     ),
 }
 
@@ -142,7 +193,8 @@ GROUP_MEMBERS: Final = Script.of(
     + """
 expire(KEYS[1], ARGV[1])
 return redis.call('ZRANGE', KEYS[1], 0, -1)
-"""
+""",
+    replies.bytes_list,
 )
 
 GROUP_SEND: Final = Script.of(
@@ -162,7 +214,8 @@ for i = 1, #KEYS do
   end
 end
 return result
-"""
+""",
+    _expired_and_full,
 )
 
 TICK: Final = Script.of(
@@ -171,5 +224,6 @@ TICK: Final = Script.of(
 local there = redis.call('EXISTS', KEYS[1])
 redis.call('SET', KEYS[1], 1, 'PX', math.ceil(ARGV[1] * 1000))
 return {there, redis.call('TIME')}
-"""
+""",
+    _ticked,
 )

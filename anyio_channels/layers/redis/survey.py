@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Self
@@ -19,13 +19,11 @@ import redis.exceptions
 from anyio import CancelScope, Event, create_task_group
 
 from anyio_channels.layers.base import BaseChannelLayer
+from anyio_channels.redis.client import Argument, Link, LinkEvents, Request, Router, at_each, replies
 
-from .connection import Argument, Connection, Request
 from .keys import glob_escaped, group_names, keys_of, prefixes_of_groups
 from .layer import RedisLayer
-from .link import Link, Server
 from .queue import RedisChannelLayer
-from .topology import Topology
 
 __all__ = ["ChannelSeen", "GroupSeen", "Look", "Rates", "ServerSeen", "Survey", "ask_all", "ask_server"]
 
@@ -156,7 +154,7 @@ class Survey:
         layer = self.layer
         if layer.is_open:
             raise RuntimeError(f"a survey takes a layer that is not open, and connects by itself; {layer!r} is open")
-        await self._topology.open(self._make_link, self._serve, lambda *_: None, layer)
+        await self._router.open(LinkEvents(), layer.timeouts)
         # Whoever cancels all around the block may have something to remove yet, for which the connections are needed.
         self._scope = CancelScope(shield=True)
         self._tasks = create_task_group()
@@ -172,40 +170,24 @@ class Survey:
 
     async def _live(self) -> None:
         with self._scope:
-            async with create_task_group() as tasks:
-                self._runs = tasks
-                for link in self.links:
-                    self._serve(link)
-                tasks.start_soon(self._topology.run)
-
-    def _serve(self, link: Link) -> None:
-        self._runs.start_soon(link.run)
+            await self._router.run()
 
     @property
-    def _topology(self) -> Topology:
-        return self.layer._topology  # noqa: SLF001 - a part of the layer
-
-    def _make_link(self, server: Server) -> Link:
-        async def restore(connection: Connection) -> None:
-            """There is nothing to restore."""
-
-        layer = self.layer
-        return self._topology.link_class(
-            server, timeout=layer.timeout, connect_timeout=layer.connect_timeout, restore=restore, on_up=lambda _: None
-        )
+    def _router(self) -> Router:
+        return self.layer._router  # noqa: SLF001 - a part of the layer
 
     @property
     def links(self) -> list[Link]:
         """The links to all servers that there are now."""
-        return list(self._topology.links)
+        return list(self._router.links)
 
     async def require(self) -> None:
         """Wait until the servers are reached. Raises as opening the layer does: if none is, or one refuses."""
-        await self.layer._until_reached()  # noqa: SLF001 - a part of the layer
+        await self._router.reached()
 
     async def look(self) -> Look:
         """Look at everything once. Takes time in proportion to all keys of the database."""
-        parts = await self._at_each(self._look_at)
+        parts = await at_each(self._look_at, self.links)
         return Look(
             tuple(sorted((one for part in parts for one in part.channels), key=lambda one: one.name)),
             tuple(sorted((one for part in parts for one in part.groups), key=lambda one: one.name)),
@@ -218,10 +200,10 @@ class Survey:
         if not isinstance(self.layer, RedisChannelLayer):
             return None
         key = self.layer.group_key(group)
-        link = self._topology.owner(group, key)
-        now = _seconds(await link.execute("TIME"))
-        found = await link.execute("ZRANGEBYSCORE", key, f"({now - self.layer.group_expiry!r}", "+inf", "WITHSCORES")
-        # RESP3 pairs them.
+        link = self._router.owner(group, key)
+        now = await link.execute("TIME", parse=replies.seconds)
+        oldest = f"({now - self.layer.group_expiry!r}"
+        found = await link.execute("ZRANGEBYSCORE", key, oldest, "+inf", "WITHSCORES", parse=replies.scored)
         return {
             name.decode("utf-8", "backslashreplace"): max(0.0, now - score)
             for name, score in sorted(found, key=lambda pair: (pair[1], pair[0]))
@@ -230,11 +212,12 @@ class Survey:
     async def scan(self, link: Link, pattern: str) -> set[bytes]:
         """Return all keys of one server that match ``pattern``."""
         found: set[bytes] = set()
-        cursor: Any = 0
+        cursor = 0
         while True:
-            cursor, keys = await link.execute("SCAN", cursor, "MATCH", pattern, "COUNT", _AT_ONCE)
+            scan = ("SCAN", cursor, "MATCH", pattern, "COUNT", _AT_ONCE)
+            cursor, keys = await link.execute(*scan, parse=replies.scanned)
             found.update(keys)
-            if int(cursor) == 0:
+            if cursor == 0:
                 return found
 
     async def erase(self) -> None:
@@ -244,28 +227,9 @@ class Survey:
             found = await self.scan(link, glob_escaped(self.layer.prefix) + "*")
             await ask_all(link, [("UNLINK", key) for key in found])
 
-        await self._at_each(erase_there)
+        await at_each(erase_there, self.links)
 
     # The inside
-
-    async def _at_each(self, call: Any) -> list[Any]:
-        """Return what ``call`` returns for each link, in their order; they run at the same time."""
-        results: dict[int, Any] = {}
-        errors: list[Exception] = []
-        links = self.links
-
-        async def run(number: int, link: Link) -> None:
-            try:
-                results[number] = await call(link)
-            except redis.exceptions.RedisError as error:
-                errors.append(error)
-
-        async with create_task_group() as tasks:
-            for number, link in enumerate(links):
-                tasks.start_soon(run, number, link)
-        if errors:
-            raise errors[0]
-        return [results[number] for number in range(len(links))]
 
     async def _look_at(self, link: Link) -> Look:
         at = time.monotonic()
@@ -286,11 +250,13 @@ class Survey:
         start = layer.prefix.encode()
         of_groups = layer.group_key("").encode()
         keys = sorted(keys_of(start, await self.scan(link, glob_escaped(layer.prefix) + "*")))
-        now = _seconds(await link.execute("TIME"))
+        now = await link.execute("TIME", parse=replies.seconds)
         oldest = {True: f"({now - layer.group_expiry!r}", False: f"({now - layer.expiry!r}"}
         is_group = [key.startswith(of_groups) for key in keys]
         counts = await ask_all(
-            link, [("ZCOUNT", key, oldest[group], "+inf") for key, group in zip(keys, is_group, strict=True)]
+            link,
+            [("ZCOUNT", key, oldest[group], "+inf") for key, group in zip(keys, is_group, strict=True)],
+            parse=replies.whole,
         )
         channels: list[ChannelSeen] = []
         groups: list[GroupSeen] = []
@@ -310,7 +276,7 @@ class Survey:
 
     async def _subscriptions(self, link: Link) -> tuple[list[ChannelSeen], list[GroupSeen]]:
         shard = "SHARD" if self.layer.cluster else ""
-        found = await link.execute("PUBSUB", f"{shard}CHANNELS")
+        found = await link.execute("PUBSUB", f"{shard}CHANNELS", parse=replies.bytes_list)
         ours = group_names(self.layer.prefix.encode(), found)
         others = [name for name in found if name not in ours]
         channels = [
@@ -322,19 +288,22 @@ class Survey:
         names = [*ours, *channels]
         counts: dict[bytes, int] = {}
         for start in range(0, len(names), _AT_ONCE):
-            counts |= _paired(await link.execute("PUBSUB", f"{shard}NUMSUB", *names[start : start + _AT_ONCE]))
+            command = ("PUBSUB", f"{shard}NUMSUB", *names[start : start + _AT_ONCE])
+            counts |= await link.execute(*command, parse=replies.counts)
         return (
-            [ChannelSeen(name.decode(), None, None, counts[name]) for name in channels if counts[name]],
+            [ChannelSeen(name.decode(), None, None, counts[name]) for name in channels if counts.get(name)],
             [
                 GroupSeen(group.decode("utf-8", "replace"), None, counts[name])
                 for name, group in ours.items()
-                if counts[name]
+                if counts.get(name)
             ],
         )
 
 
-async def ask_all(link: Link, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-    """Send ``commands`` in pipelines, and return the replies in their order; a refusal stands in its place.
+async def ask_all(
+    link: Link, commands: Sequence[Sequence[Argument]], parse: Callable[[Any], Any] | None = None
+) -> list[Any]:
+    """Send ``commands`` in pipelines, and return the replies in their order; a refusal is in its reply's place.
 
     Raises ``ConnectionLost`` if the connection was lost meanwhile.
     """
@@ -349,7 +318,7 @@ async def ask_all(link: Link, commands: Sequence[Sequence[Argument]]) -> list[An
                 answered.set()
 
         for number, command in enumerate(batch, start):
-            link.submit(*command, done=partial(done, number, start + len(batch), answered))
+            link.submit(*command, parse=parse, done=partial(done, number, start + len(batch), answered))
         await answered.wait()
     for answer in answers.values():
         if isinstance(answer, redis.exceptions.ConnectionError):
@@ -361,31 +330,19 @@ async def ask_server(link: Link) -> ServerSeen:
     """Return what a server tells of itself."""
     sections = [("INFO", section) for section in (*_SECTIONS, "commandstats")]
     at = time.monotonic()
-    *answers, stats = await ask_all(link, sections)
+    *answers, stats = await ask_all(link, sections, parse=replies.info)
     info: dict[str, str] = {}
     for answer in answers:
         if not isinstance(answer, Exception):
-            info |= _lines(answer)
+            info |= answer
     calls: dict[str, int] = {}
-    for name, text in {} if isinstance(stats, Exception) else _lines(stats).items():
-        calls[name.removeprefix("cmdstat_")] = int(text.partition("calls=")[2].partition(",")[0])
+    for name, text in {}.items() if isinstance(stats, Exception) else stats.items():
+        count = text.partition("calls=")[2].partition(",")[0]
+        if count.isdecimal():
+            calls[name.removeprefix("cmdstat_")] = int(count)
     return ServerSeen(link.name, None, at, info, calls)
 
 
 def _why(error: Exception) -> str:
     """What a lost connection says of its command concerns nobody here."""
     return str(error).partition("; the command ")[0]
-
-
-def _lines(answer: Any) -> dict[str, str]:
-    text = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else str(answer)
-    pairs = (line.partition(":") for line in text.splitlines() if ":" in line and not line.startswith("#"))
-    return {name: value for name, _, value in pairs}
-
-
-def _seconds(reply: Any) -> float:
-    return int(reply[0]) + int(reply[1]) / 1_000_000
-
-
-def _paired(flat: Any) -> dict[bytes, int]:
-    return {name: int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}

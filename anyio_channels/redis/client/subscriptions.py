@@ -1,29 +1,32 @@
 """Which Redis channels are wanted, on which server, and whether Redis confirmed it.
 
 Rules:
-- all that is wanted is subscribed to again before a new connection is used.
+- all that is wanted is subscribed to again before a new connection is used: many names in one command, and where one of
+  them is forbidden, one by one, so that it does not keep the others away.
 - what is given up is unsubscribed in the order in which it was decided, so Redis sees it in that order.
-- one that Redis forbids does not keep the others away.
-- in a cluster subscriptions are sharded, and go where their slot goes.
+- in a cluster subscriptions are sharded, and go where their slot goes; one command names only what is in one slot.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import redis.exceptions
 from anyio import sleep
 
-from .connection import Connection, Request
+from .connection import Connection
 from .link import Link
-from .topology import Topology
+from .protocol import Request
+from .router import Router
 
 __all__ = ["Subscription", "Subscriptions"]
 
 _PAUSE: Final = 0.05
+_AT_ONCE: Final = 200
+"""How many names one command has at most."""
 
 
 class Subscription:
@@ -40,32 +43,31 @@ class Subscription:
 
 
 class Subscriptions:
-    """The subscriptions of one layer."""
+    """The subscriptions of one router's user."""
 
     def __init__(
         self,
-        topology: Topology,
-        execute: Callable[..., Awaitable[Any]],
-        refused: Callable[[str, Exception], object],
-        confirmed: Callable[[str], object] | None = None,
+        router: Router,
+        on_refused: Callable[[str, Exception], object],
+        on_confirmed: Callable[[str], object] = lambda _: None,
     ) -> None:
-        """``execute(link, *command)`` sends a command; ``refused(name, error)`` hears what could not be restored.
+        """``on_refused(name, error)`` hears what could not be restored, or was asked for without waiting and refused.
 
-        ``confirmed(name)`` is called with each that Redis confirmed when nobody waited for it.
+        ``on_confirmed(name)`` is called with each that Redis confirmed when nobody waited for it.
         """
         self.wanted: dict[str, Subscription] = {}
-        self._topology = topology
-        self._execute = execute
-        self._refused = refused
-        self._confirmed = confirmed
-        self._subscribe = "SSUBSCRIBE" if topology.clustered else "SUBSCRIBE"
-        self._unsubscribe = "SUNSUBSCRIBE" if topology.clustered else "UNSUBSCRIBE"
+        self._router = router
+        self._on_refused = on_refused
+        self._on_confirmed = on_confirmed
+        self._subscribe = "SSUBSCRIBE" if router.clustered else "SUBSCRIBE"
+        self._unsubscribe = "SUNSUBSCRIBE" if router.clustered else "UNSUBSCRIBE"
+        self._at_once = 1 if router.clustered else _AT_ONCE
 
     def want(self, name: str) -> Subscription:
         """The Redis channel ``name`` is to be subscribed to."""
         subscription = self.wanted.get(name)
         if subscription is None:
-            subscription = self.wanted[name] = Subscription(self._topology.owner(name, name))
+            subscription = self.wanted[name] = Subscription(self._router.owner(name, name))
         return subscription
 
     def unwant(self, name: str) -> None:
@@ -75,16 +77,19 @@ class Subscriptions:
             subscription.link.submit(self._unsubscribe, name)
 
     async def confirm(self, name: str) -> None:
-        """Have Redis confirm a wanted subscription, unless it has."""
+        """Have Redis confirm a wanted subscription, unless it has. Raises as ``Link.execute`` does.
+
+        If cancelled, the subscription is wanted still, and may be confirmed or not.
+        """
         give_up = time.monotonic() + self.wanted[name].link.timeout
         while (subscription := self.wanted.get(name)) is not None and not subscription.confirmed:
             link = subscription.link
             try:
-                await self._execute(link, self._subscribe, name)
-            except self._topology.passing as error:
+                await link.execute(self._subscribe, name)
+            except self._router.passing as error:
                 if time.monotonic() > give_up:
                     raise
-                self._topology.follow(error)
+                self._router.follow(error)
                 await sleep(_PAUSE)
                 self._renew(name)
                 continue
@@ -95,7 +100,7 @@ class Subscriptions:
 
     def _renew(self, name: str) -> None:
         """Its owner may have changed: what was asked for elsewhere does not count any more."""
-        owner = self._topology.owner(name, name)
+        owner = self._router.owner(name, name)
         if name in self.wanted and owner is not self.wanted[name].link:
             self.wanted[name] = Subscription(owner)
 
@@ -114,41 +119,54 @@ class Subscriptions:
             return
         if request.error is None:
             subscription.confirmed = link.connection is not None
-            self._tell(name)
+            self._on_confirmed(name)
         else:
             self._fail(name, request.error)
 
     def _fail(self, name: str, error: Exception) -> None:
-        if isinstance(error, self._topology.passing):
-            self._topology.follow(error)
+        if isinstance(error, self._router.passing):
+            self._router.follow(error)
         elif isinstance(error, redis.exceptions.ResponseError):
-            self._refused(name, error)
+            self._on_refused(name, error)
 
-    def _tell(self, name: str) -> None:
-        if self._confirmed is not None:
-            self._confirmed(name)
+    # What happens to links and servers
 
     async def restore(self, link: Link, connection: Connection) -> None:
         """Subscribe to all that is wanted there, on a new connection."""
         wanted = {name: one for name, one in self.wanted.items() if one.link is link}
-        requests = [(name, connection.submit(self._subscribe, name)) for name in wanted]
+        refused = await self._restore(connection, wanted, self._at_once)
+        if self._at_once > 1 and refused:
+            refused = await self._restore(connection, {name: wanted[name] for name in refused}, 1)
+        for name, error in refused.items():
+            self._fail(name, error)
+
+    async def _restore(
+        self, connection: Connection, wanted: dict[str, Subscription], at_once: int
+    ) -> dict[str, Exception]:
+        """Subscribe to so many with one command; return those that were refused."""
+        names = list(wanted)
+        pieces = [names[start : start + at_once] for start in range(0, len(names), at_once)]
+        requests = [connection.submit(self._subscribe, *piece) for piece in pieces]
         await connection.execute("PING")  # they are answered when this is
-        for name, request in requests:
+        refused: dict[str, Exception] = {}
+        for piece, request in zip(pieces, requests, strict=True):
             if request.error is not None:
-                self._fail(name, request.error)
-            elif name not in self.wanted:
-                connection.submit(self._unsubscribe, name)  # given up meanwhile
-            else:
-                wanted[name].confirmed = True
+                refused |= dict.fromkeys(piece, request.error)
+                continue
+            for name in piece:
+                if name in self.wanted:
+                    wanted[name].confirmed = True
+                else:
+                    connection.submit(self._unsubscribe, name)  # given up meanwhile
+        return refused
 
     def restored(self, link: Link) -> None:
         """A connection on which all was restored is in use."""
-        for name, subscription in tuple(self.wanted.items()):
-            if subscription.link is link:
-                if subscription.confirmed:
-                    self._tell(name)
-                else:
-                    self.ask(name)  # wanted while others were being restored
+        for name, subscription in self._at(link):
+            if subscription.confirmed:
+                self._on_confirmed(name)
+            else:
+                self.ask(name)  # wanted while others were being restored
 
     def move(self) -> None:
         """Slots have other owners: go there."""
@@ -165,6 +183,8 @@ class Subscriptions:
 
     def lost(self, link: Link) -> None:
         """The connection was lost, and with it what it had confirmed."""
-        for subscription in self.wanted.values():
-            if subscription.link is link:
-                subscription.confirmed = False
+        for _, subscription in self._at(link):
+            subscription.confirmed = False
+
+    def _at(self, link: Link) -> Iterable[tuple[str, Subscription]]:
+        return [(name, one) for name, one in self.wanted.items() if one.link is link]

@@ -4,20 +4,25 @@ Rules:
 - ``run()`` goes on until it is cancelled. After each failure it waits with exponential backoff and jitter, which success
   sets back; the first connection is no exception.
 - a connection is handed out only when what its owner wants restored (subscriptions) is restored.
+- one path for a command: a ``Call`` is sent by a plain function, and ``execute`` waits for it. What can be mended when the
+  reply comes (``NOSCRIPT`` here, redirections in a cluster) is mended in ``mend``, for those who wait and those who do not.
+- a script goes out whole the first time on each connection, and by its digest then; so it is not refused where that would
+  let what is behind it overtake it.
 - a call during an outage waits for the connection at most ``timeout`` seconds in all, then fails with the cause.
-- refusals that waiting does not cure (password, certificate, permission) are told at once to whoever opens the layer.
+- refusals that waiting does not cure (password, certificate, permission) are told at once to whoever opens the link.
 """
 
 from __future__ import annotations
 
-import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha1
 from typing import Any, Final, Protocol
 
+import hiredis
 import redis.exceptions
 from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
 from anyio.abc import ByteStream
@@ -25,18 +30,14 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
 
-from .connection import Argument, Connection, ConnectionLost, ConnectionTimeout, Request
+from .connection import Connection, reply_to
+from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
+from .protocol import Argument, Request
 
-__all__ = ["Link", "LinkRetired", "Script", "Server"]
+__all__ = ["Call", "Link", "LinkEvents", "Script", "Target", "Timeouts"]
 
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
-_PASSING: Final = (
-    redis.exceptions.BusyLoadingError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-)
-"""Refusals that waiting cures."""
+MOST_HOPS: Final = 16
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
 _QUIET: Final = 10.0
@@ -49,31 +50,43 @@ class Script:
 
     text: str
     digest: str
+    parse: Callable[[Any], Any] | None
+    """Turns the reply into what callers get, as in ``Request``."""
+    announces: bool
+    """Whether its last argument is a sharded Redis channel on which it says what it did."""
 
     @classmethod
-    def of(cls, text: str) -> Script:
+    def of(cls, text: str, parse: Callable[[Any], Any] | None = None, *, announces: bool = False) -> Script:
         """Return the script for ``text``."""
-        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest(), parse, announces)
 
 
-class LinkRetired(ConnectionLost):
-    """The link is not used any more: another one is to be asked for."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """Seconds, for all servers of a router that have none of their own."""
+
+    timeout: float
+    """In which a call succeeds or fails."""
+    connect_timeout: float
+    """In which a connection is made, and what is to be restored is restored."""
+    keep_alive: float
+    """Between signs of life where nobody else gives them."""
 
 
-class Server(Protocol):
+class Target(Protocol):
     """Where a link leads: one server, or whichever of some has a role."""
 
     @property
     def name(self) -> str:
-        """How errors call it."""
+        """The name used in error messages."""
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that a call may take, if the layer's are not to count."""
+        """Seconds a call may take, instead of those of ``Timeouts``."""
 
     @property
     def connect_timeout(self) -> float | None:
-        """Seconds that connecting may take, if the layer's are not to count."""
+        """Seconds connecting may take, instead of those of ``Timeouts``."""
 
     async def connect(self) -> ByteStream:
         """Open a stream. Raises ``OSError`` and errors of the ``redis`` package."""
@@ -82,34 +95,73 @@ class Server(Protocol):
         """Make ``connection`` ready; return the server's time. Raises errors of the ``redis`` package."""
 
 
-class Link:
-    """The way to one server, up or down."""
+class LinkEvents:
+    """What the client tells its user; override what you need. Only ``restore`` may wait."""
+
+    def on_new(self, link: Link) -> None:
+        """A router made a link to a server, at its opening or later; it does not run yet."""
+
+    async def restore(self, link: Link, connection: Connection) -> None:
+        """Make a new connection what the last one was, before anybody else may use it."""
+
+    def on_up(self, link: Link) -> None:
+        """A connection is there, and restored."""
+
+    def on_down(self, link: Link) -> None:
+        """The connection was lost, after ``on_up``."""
+
+    def on_push(self, link: Link, push: list[Any]) -> None:
+        """The server sent something unasked."""
+
+    def on_moved(self, moved: set[int], lost: set[int]) -> None:
+        """Slots of a cluster were asked for; ``moved``: have another owner; ``lost``: also those whose owner was gone."""
+
+
+class Call(Request):
+    """A request that a link sees through, over more than one connection if it must be."""
+
+    __slots__ = ("asking", "hops", "link", "script")
 
     def __init__(
         self,
-        endpoint: Server,
-        *,
-        timeout: float,
-        connect_timeout: float,
-        command_timeout: float | None = None,
-        restore: Callable[[Connection], Awaitable[None]],
-        on_up: Callable[[Connection], object],
-        on_down: Callable[[], object] | None = None,
-        on_push: Callable[[list[Any]], object] | None = None,
+        link: Link,
+        command: Sequence[Argument],
+        script: Script | None = None,
+        parse: Callable[[Any], Any] | None = None,
+        done: Callable[[Request], object] | None = None,
     ) -> None:
-        """``timeout``: seconds that a call may take; ``connect_timeout``: that connecting and restoring may take.
+        """``link``: who mends it. ``script``: the one that ``command`` runs."""
+        super().__init__(command, parse, done)
+        self.link: Link = link
+        self.script: Script | None = script
+        self.hops: int = MOST_HOPS
+        """How many more redirections may be followed at once."""
+        self.asking: bool = False
+        """Whether it goes to the node that its slot is on its way to."""
 
-        ``command_timeout``: seconds without an answer after which the connection is given up, if not ``timeout``.
-        ``restore`` is awaited with each new connection before it is handed out; the others are called, and must not wait.
-        """
-        self.endpoint: Server = endpoint
-        self.timeout: float = endpoint.timeout or timeout
-        self.connect_timeout: float = endpoint.connect_timeout or connect_timeout
-        self._command_timeout = self.timeout if command_timeout is None else command_timeout
-        self._restore = restore
-        self._on_up = on_up
-        self._on_down = on_down
-        self._on_push = on_push
+    def settle(self) -> None:
+        """Tell whoever asked, unless the link sends it again."""
+        if (self.error is not None or self.asking) and not self.abandoned and self.link.mend(self):
+            return
+        if self.bell is not None:
+            self.bell.set()
+        elif self.done is not None:
+            self.done(self)
+
+    def begin_again(self) -> None:
+        """Become as if it had never been sent."""
+        self.error = None
+        self.written = False
+
+
+class Link:
+    """The way to one server, up or down."""
+
+    def __init__(self, server: Target, timeouts: Timeouts, events: LinkEvents) -> None:
+        """``events`` hears what happens to the link."""
+        self.server: Target = server
+        self.timeout: float = server.timeout or timeouts.timeout
+        self.connect_timeout: float = server.connect_timeout or timeouts.connect_timeout
         self.connection: Connection | None = None
         """The connection, while it is up."""
         self.connects: int = 0
@@ -120,21 +172,21 @@ class Link:
         """What to add to ``time.monotonic()`` to have the server's time, in seconds."""
         self.refused: bool = False
         """Whether the server refused in a way that waiting does not cure."""
-        self.on_trouble: Callable[[], object] | None = None
-        """Called when the server cannot be reached or is lost; must not wait."""
         self.retired: bool = False
         """Whether the server is not used any more."""
+        self._events = events
         self._scope = CancelScope()
         self._news = Event()
         self._hurry = Event()
         self._past_commands = 0
         self._troubles = Troubles(time.monotonic, _QUIET)
         self._is_told = False  # that it is down
+        self._known: set[str] = set()  # digests of the scripts that the connection carried whole
 
     @property
     def name(self) -> str:
-        """How errors call the server."""
-        return self.endpoint.name
+        """The server's name in error messages."""
+        return self.server.name
 
     @property
     def server_time(self) -> float:
@@ -169,12 +221,12 @@ class Link:
         while True:
             try:
                 with fail_after(self.connect_timeout):
-                    stream = await self.endpoint.connect()
+                    stream = await self.server.connect()
             except (OSError, redis.exceptions.RedisError) as error:
                 self._fail(error)
             else:
-                connection = Connection(stream, self.name, timeout=self._command_timeout, on_push=self._on_push)
-                if await self._serve(connection):
+                on_push = partial(self._events.on_push, self)
+                if await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push)):
                     failures = 0
             failures = min(failures + 1, _MOST_FAILURES)
             with move_on_after(_BACKOFF.compute(failures)):
@@ -189,9 +241,9 @@ class Link:
             try:
                 with fail_after(self.connect_timeout):
                     before = time.monotonic()
-                    server_time = await self.endpoint.shake_hands(connection)
+                    server_time = await self.server.shake_hands(connection)
                     self.set_clock(server_time, before)
-                    await self._restore(connection)
+                    await self._events.restore(self, connection)
             except (OSError, redis.exceptions.RedisError) as error:
                 self._fail(error)
             else:
@@ -213,7 +265,11 @@ class Link:
         if self.connection is not None:
             self.connection.end(why)
 
-    # Calls
+    def set_clock(self, server_time: float, asked_at: float) -> None:
+        """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
+        self.clock_offset = server_time - (asked_at + time.monotonic()) / 2
+
+    # Waiting for it
 
     async def ready(self) -> Connection:
         """Wait for the connection to be up, for as long as the caller allows."""
@@ -234,57 +290,95 @@ class Link:
         if self.connection is None:
             raise self.down_error()
 
-    async def execute(self, *command: Argument) -> Any:
+    # Calls
+
+    def execute(self, *command: Argument, parse: Callable[[Any], Any] | None = None) -> Coroutine[Any, Any, Any]:
         """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
 
         Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
         the command was not sent, or it may run and its reply is swallowed.
         """
-        if self.connection is not None:
-            return await self.connection.execute(*command)
-        connection: Connection | None = None
-        before = time.monotonic()
-        with move_on_after(self.timeout):
-            connection = await self.ready()
-        if connection is None:
-            raise self.down_error()
-        return await connection.execute(*command, timeout=max(0.0, before + self.timeout - time.monotonic()))
+        return self.wait(Call(self, command, None, parse))
 
-    async def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
-        """Run ``script`` on ``keys`` and return what it returns; it is sent whole if the server does not have it.
+    def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
+        """Run ``script`` on ``keys`` and return what it returns.
 
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
-        try:
-            return await self.execute("EVALSHA", script.digest, len(keys), *keys, *args)
-        except redis.exceptions.NoScriptError:
-            return await self.execute("EVAL", script.text, len(keys), *keys, *args)
+        return self.wait(self._script_call(script, keys, args))
 
-    def submit(self, *command: Argument, done: Callable[[Request], object] | None = None) -> None:
+    def submit(
+        self,
+        *command: Argument,
+        parse: Callable[[Any], Any] | None = None,
+        done: Callable[[Request], object] | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
-        if self.connection is None:
-            request = Request(command, 0.0, done)
-            request.error = self.down_error()
-            request.settle()
-        else:
-            self.connection.submit(*command, done=done)
+        self.send(Call(self, command, None, parse, done), timeout)
 
     def call_soon(
-        self, script: Script, keys: Sequence[str], *args: Argument, done: Callable[[Request], object]
+        self,
+        script: Script,
+        keys: Sequence[str],
+        *args: Argument,
+        done: Callable[[Request], object],
+        timeout: float | None = None,
     ) -> None:
-        """Run ``script`` on ``keys`` without waiting for it; ``done`` is called with the answered request."""
+        """Run ``script`` on ``keys`` as ``submit`` does."""
+        self.send(self._script_call(script, keys, args, done), timeout)
 
-        def again(request: Request) -> None:
-            if isinstance(request.error, redis.exceptions.NoScriptError):
-                self.submit("EVAL", script.text, len(keys), *keys, *args, done=done)
-            else:
-                done(request)
+    def _script_call(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Argument],
+        done: Callable[[Request], object] | None = None,
+    ) -> Call:
+        if script.digest in self._known:
+            command: tuple[Argument, ...] = ("EVALSHA", script.digest, len(keys), *keys, *args)
+        else:
+            command = ("EVAL", script.text, len(keys), *keys, *args)
+            if self.connection is not None:
+                self._known.add(script.digest)
+        return Call(self, command, script, script.parse, done)
 
-        self.submit("EVALSHA", script.digest, len(keys), *keys, *args, done=again)
+    def send(self, call: Call, timeout: float | None = None) -> None:
+        """Send ``call``; it is settled at once if the link is down."""
+        if self.connection is None:
+            call.error = self.down_error()
+            call.settle()
+        else:
+            self.connection.send(call, timeout)
 
-    def set_clock(self, server_time: float, asked_at: float) -> None:
-        """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
-        self.clock_offset = server_time - (asked_at + time.monotonic()) / 2
+    async def wait(self, call: Call) -> Any:
+        """Send ``call``, when the link is up, and wait for the reply, as ``execute`` says."""
+        timeout = None
+        if self.connection is None:
+            give_up = time.monotonic() + self.timeout
+            await self.up_until(give_up)
+            timeout = max(0.0, give_up - time.monotonic())
+        self.send(call, timeout)
+        return await reply_to(call)
+
+    async def up_until(self, give_up: float) -> None:
+        """Wait for the connection until ``give_up``, by ``time.monotonic()``; then raise why there is none."""
+        with move_on_after(give_up - time.monotonic()):
+            await self.ready()
+        if self.connection is None:
+            raise self.down_error()
+
+    def mend(self, call: Call) -> bool:
+        """Send a call that failed again, if that mends it; ``False``: whoever asked is to be told."""
+        if not isinstance(call.error, redis.exceptions.NoScriptError) or call.script is None:
+            return False
+        # Whoever flushed the scripts flushed them all.
+        self._known = {call.script.digest}
+        call.command = ("EVAL", call.script.text, *call.command[2:])
+        call.data = hiredis.pack_command(call.command)  # type: ignore[arg-type] # as in Request
+        call.begin_again()
+        self.send(call)
+        return True
 
     # The inside
 
@@ -292,21 +386,20 @@ class Link:
         if self._is_told and self.connects:
             CONNECTION_RESTORED.write(server=self.name)
         self._is_told = False
+        self._known.clear()
         self.connection = connection
         self.connects += 1
         self.error = None
         self.refused = False
-        self._on_up(connection)
+        self._events.on_up(self)
         self._tell()
 
     def _lose(self, connection: Connection) -> None:
         self.connection = None
         self.error = connection.lost(may_have_run=False)
         self._is_told = self._troubles.note(CONNECTION_LOST, server=self.name, error=_reason(self.error))
-        if self._on_down is not None:
-            self._on_down()
-        if self.on_trouble is not None:
-            self.on_trouble()
+        self._events.on_down(self)
+        self.on_trouble()
 
     def _fail(self, error: Exception) -> None:
         """It did not come up."""
@@ -316,15 +409,13 @@ class Link:
         elif self._troubles.look():
             self._is_told = True
         self.error = error
-        self.refused = isinstance(error, ssl.SSLError) or (
-            isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
-            and not isinstance(error, _PASSING)
-            and "BUSY" not in str(error)  # a script that runs long; it has no class of its own
-        )
+        self.refused = is_refusal(error)
         if self.refused:
             self._tell()
-        if self.on_trouble is not None:
-            self.on_trouble()
+        self.on_trouble()
+
+    def on_trouble(self) -> None:
+        """The server cannot be reached, or was lost: for those who know of others."""
 
     def _tell(self) -> None:
         self._news.set()

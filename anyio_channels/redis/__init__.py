@@ -1,0 +1,1 @@
+"""What the layers on Redis are built from. Importing it needs the extra ``anyio_channels[redis]``."""
