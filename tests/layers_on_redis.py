@@ -78,7 +78,7 @@ def move_queue(servers: Sequence[RedisServer], prefix: str) -> Callable[[BaseCha
             for server in servers:
                 with server.client() as client:
                     grow_older(client, prefix, step)
-            for link in layer._topology.links:
+            for link in layer._router.links:
                 assert link.connection is not None
                 layer._rejoin(link)
                 await layer._execute(link, "PING")
@@ -90,7 +90,7 @@ async def settle_queue(layer: BaseChannelLayer) -> None:
     """Wait until what was popped has come, and what is to be given back is there."""
     assert isinstance(layer, RedisChannelLayer)
     for _ in range(2):
-        for link in layer._topology.links:
+        for link in layer._router.links:
             await layer._poppers[link].until_ended()
             await layer._execute(link, "PING")
 
@@ -98,7 +98,7 @@ async def settle_queue(layer: BaseChannelLayer) -> None:
 async def settle_pubsub(layer: BaseChannelLayer) -> None:
     """Wait until what was published before has come: it is on the same connection."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    for link in layer._topology.links:
+    for link in layer._router.links:
         await layer._execute(link, "PING")
 
 
@@ -118,7 +118,7 @@ both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 def popper(layer: RedisChannelLayer) -> Popper:
     """Return what waits in Redis for ``layer``, on its first server."""
-    found = layer._poppers[layer._topology.links[0]]
+    found = layer._poppers[layer._router.links[0]]
     assert isinstance(found, Popper)
     return found
 
@@ -210,7 +210,7 @@ async def pass_on_both(one: Any, other: Any, kind: Kind, connections: int) -> No
         for name in names:
             await other.send(name, {"to": name})
         await until(lambda: sorted(got) == sorted(names))
-        assert {one._topology.owner(name, name) for name in names} == set(one._topology.links)
+        assert {one._router.owner(name, name) for name in names} == set(one._router.links)
         assert one.statistics().connections == connections
         await other.flush()
         tg.cancel_scope.cancel()

@@ -20,7 +20,7 @@ from redis_server import RedisCluster, RedisServer, TLSProxy, make_certificates,
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis import checkup
 from anyio_channels.layers.redis.checkup import Finding, check_up
-from anyio_channels.layers.redis.link import Link
+from anyio_channels.redis.client import Link
 
 pytestmark = pytest.mark.anyio
 
@@ -88,10 +88,10 @@ async def interrupt_at_each_command(
     cancel: Callable[[], object] = int
     countdown = itertools.count()
 
-    async def counted(link: Link, *command: Any) -> Any:
+    async def counted(link: Link, *command: Any, **options: Any) -> Any:
         if next(countdown) == number:
             cancel()
-        return await execute(link, *command)
+        return await execute(link, *command, **options)
 
     def on_cancel(call: Callable[[], object]) -> None:
         nonlocal cancel

@@ -36,7 +36,7 @@ BUILT = {
     ),
 }
 """The tests of pages that build a project."""
-INTERNAL = {"cli", "demo", "exceptions", "layers", "log", "portal"}
+INTERNAL = {"cli", "demo", "exceptions", "layers", "log", "portal", "redis"}
 """Modules that hold nothing public but what can be imported from the package itself."""
 PUBLIC = [
     "anyio_channels",

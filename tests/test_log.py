@@ -345,7 +345,7 @@ async def test_a_connection_that_comes_and_goes(server: RedisServer, lines: Line
     """A server that ends each connection at once is one line in ten seconds, which says how often."""
     layer = PUBSUB.layer_class([server.url])
     async with layer:
-        (link,) = layer._links
+        (link,) = layer._router.running
         link._troubles._clock = clock
 
         async def kill() -> None:
@@ -394,7 +394,7 @@ async def test_keep_alive_and_closing_without_an_answer(server: RedisServer, lin
         server.pause()
         await until(lambda: lines.of(log.KEEP_ALIVE_FAILED))
         server.resume()
-        await until(lambda: layer._topology.links[0].connection is not None)
+        await until(lambda: layer._router.links[0].connection is not None)
         server.pause()
         layer.timeout = PATIENCE  # so that it is the connection that gives up first
     server.resume()
@@ -416,14 +416,12 @@ async def test_what_redis_refuses(server: RedisServer, lines: Lines) -> None:
             client.set(layer.channel_key("a"), "text")
             client.delete(layer.group_key("room"))
             client.set(layer.group_key("room"), "text")
-            layer._rejoin(layer._topology.links[0])
+            layer._rejoin(layer._router.links[0])
             await until(lambda: lines.of(log.MEMBERSHIP_REFUSED))
             client.delete(layer.group_key("room"))
         source = layer._channel("a")
         sealed = layer._codec.seal(layer._codec.encode({"n": 1}))
-        layer.put_normal(
-            source, sealed, str(layer._topology.links[0].server_time), layer._topology.links[0].server_time
-        )
+        layer.put_normal(source, sealed, str(layer._router.links[0].server_time), layer._router.links[0].server_time)
         layer.look_after(source)
         await until(lambda: lines.of(log.GIVE_BACK_FAILED))
         with server.client() as client:

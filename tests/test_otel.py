@@ -735,7 +735,7 @@ async def test_a_lost_connection_is_in_the_span(kind: Kind, redis_server: RedisS
         finally:
             redis_server.resume()
         (span,) = telemetry.spans()
-        assert attributes(span)["error.type"].startswith("anyio_channels.layers.redis.connection.Connection")
+        assert attributes(span)["error.type"].startswith("anyio_channels.redis.client.errors.Connection")
         assert f"{redis_server.host}:{redis_server.port}" in str(span.status.description)
         await until(lambda: layer.statistics().waiting_receivers == 0)
 

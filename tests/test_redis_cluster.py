@@ -32,7 +32,7 @@ from redis.crc import key_slot
 from redis_server import RedisCluster, RedisServer, free_port
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
-from anyio_channels.layers.redis.cluster import Cluster
+from anyio_channels.redis.client.cluster import Cluster
 from anyio_channels.testing import Check, contract_machine
 
 
@@ -119,13 +119,13 @@ async def test_senders_who_wait(quiet: RedisCluster) -> None:
 
 
 def owned_by(layer: Any, key: str, node: RedisServer) -> bool:
-    return bool(layer._topology.owner("", key).endpoint.port == node.port)
+    return bool(layer._router.owner("", key).server.address.port == node.port)
 
 
 def owning(layer: Any, channel: str) -> int:
     """The port of the node that owns ``channel``."""
     name = layer.channel_key(channel) if isinstance(layer, RedisChannelLayer) else channel
-    port: int = layer._topology.owner("", name).endpoint.port
+    port: int = layer._router.owner("", name).server.address.port
     return port
 
 
@@ -153,7 +153,7 @@ async def test_failover_under_load(kind: Kind, cluster: RedisCluster) -> None:
             with fail_after(PATIENCE):
                 while (await tolerant.receive()) != {"n": 1}:
                     pass
-        assert len(layer._topology.links) == 3
+        assert len(layer._router.links) == 3
         tg.cancel_scope.cancel()
     books.received.remove(10**9)
     books.balance()
@@ -266,7 +266,7 @@ async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: p
         added = await anyio.to_thread.run_sync(cluster.add_node)
         key = inbox.channel if kind is PUBSUB else layer.channel_key(inbox.channel)
         await anyio.to_thread.run_sync(cluster.migrate, key_slot(key.encode()), added)
-        await until(lambda: layer._topology.owner("", key).endpoint.port == added.port)
+        await until(lambda: layer._router.owner("", key).server.address.port == added.port)
         await books.go_on()
         assert layer.statistics().connections == 4
         tg.cancel_scope.cancel()
@@ -429,8 +429,8 @@ def test_slots_of_what_belongs_together() -> None:
 
 def other_owner(layer: Any, key: str) -> Any:
     """A link to a node that does not own ``key``."""
-    owner = layer._topology.owner("", key)
-    return next(link for link in layer._topology.links if link is not owner)
+    owner = layer._router.owner("", key)
+    return next(link for link in layer._router.links if link is not owner)
 
 
 @pytest.mark.anyio
@@ -438,7 +438,7 @@ def other_owner(layer: Any, key: str) -> Any:
 async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> None:
     """Whatever a process does first after a change that it did not hear of, it is sent on."""
     async with make(kind, quiet.hosts) as layer, make(kind, quiet.hosts, prefix=new_prefix()) as other:
-        topology = layer._topology
+        topology = layer._router
         right = list(topology._owners)
         for number in range(3):
             topology._owners = [topology.links[number]] * len(right)
@@ -465,7 +465,7 @@ async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) 
     """The same bytes, published twice, are one message: nodes that take over from each other do that."""
     async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
         payload = layer._codec.seal(layer._codec.encode({"n": 1}), layer._marks.next())
-        link = layer._topology.owner("", inbox.channel)
+        link = layer._router.owner("", inbox.channel)
         for _ in range(2):
             assert await link.execute("SPUBLISH", inbox.channel, payload) == 1
         await layer.send(inbox.channel, {"n": 2})
@@ -487,7 +487,7 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
         # Asked for at the wrong node.
         layer.subscriptions.wanted[name].link = wrong
         layer.subscriptions.wanted[name].confirmed = False
-        layer._topology._moved_at.clear()
+        layer._router._moved_at.clear()
         layer.subscriptions.ask(name)
         layer.subscriptions.ask(name)
         await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
@@ -500,14 +500,14 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
         layer.subscriptions.ask("given up")
         layer.subscriptions.unwant("given up")
         # Two nodes that send one back and forth do so with pauses.
-        moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.endpoint.port}")
-        owner = layer._topology.owner("", name)
-        layer._topology._moved_at.clear()
-        layer._topology.follow(moved)
-        assert layer._topology.owner("", name) is wrong
-        layer._topology._assign({key_slot(name.encode()): owner})
-        layer._topology.follow(moved)
-        assert layer._topology.owner("", name) is owner
+        moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.server.address.port}")
+        owner = layer._router.owner("", name)
+        layer._router._moved_at.clear()
+        layer._router.follow(moved)
+        assert layer._router.owner("", name) is wrong
+        layer._router._assign({key_slot(name.encode()): owner})
+        layer._router.follow(moved)
+        assert layer._router.owner("", name) is owner
         await layer.send(name, {"n": 1})
         await until(lambda: hears(layer, name))
         await layer.send(name, {"n": 2})
@@ -521,9 +521,9 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
 async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisCluster) -> None:
     """A caller that waits for a node's connection is sent on when that node is not used any more."""
     async with make(kind, quiet.hosts) as layer, create_task_group() as tg:
-        topology = layer._topology
+        topology = layer._router
         right = list(topology._owners)
-        topology._owners = [topology.link_to(("127.0.0.1", free_port()))] * len(right)
+        topology._owners = [topology.link_to("127.0.0.1", free_port())] * len(right)
         inboxes: list[Any] = []
 
         async def subscribe() -> None:
@@ -620,11 +620,11 @@ async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
     async with make(QUEUE, cluster.hosts) as layer:
         await until(is_reset)
         for _ in range(3):
-            _, table = await layer._topology._ask()
+            _, table = await layer._router._ask()
             assert table
-        for link in layer._topology.links:
+        for link in layer._router.links:
             link.connection.end("the test said so")
-        host, table = await layer._topology._ask()
+        host, table = await layer._router._ask()
         assert host == "127.0.0.1"
         assert table
 
@@ -707,22 +707,22 @@ async def test_giving_back_to_a_node_that_is_just_found(quiet: RedisCluster) -> 
         await layer.send("work", {"n": 1})
         key = layer.channel_key("work")
         slot = key_slot(key.encode())
-        owner = layer._topology.owner("", key)
+        owner = layer._router.owner("", key)
         with anyio.CancelScope() as scope:
             source = layer._channel("work")
             scope.cancel()
             await layer.receive("work")
         layer.pop_soon(key, 1, lambda request: layer._popped(source, request.reply))
         await until(lambda: source.entries)
-        layer._topology._assign({slot: layer._topology.link_to(("127.0.0.1", free_port()))})
+        layer._router._assign({slot: layer._router.link_to("127.0.0.1", free_port())})
         layer.look_after(source)
-        new = layer._topology.owner("", key)
+        new = layer._router.owner("", key)
         layer._give_back(new, source, [])
         with layer._room:
             items = source.withdraw()
         layer._give_back(new, source, items)
         assert source.entries
-        layer._topology._assign({slot: owner})
+        layer._router._assign({slot: owner})
         await until(lambda: not source.entries)
         with fail_after(PATIENCE):
             assert await layer.receive("work") == {"n": 1}

@@ -44,11 +44,11 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def until_answered(layer: RedisLayer) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connection = layer._topology.links[0].connection
+    connection = layer._router.links[0].connection
     assert connection is not None
     with fail_after(PATIENCE):
         await anyio.wait_all_tasks_blocked()
-        while connection._in_flight or connection._queue:
+        while connection.pending:
             await anyio.sleep(0.002)
             await anyio.wait_all_tasks_blocked()
 
@@ -151,19 +151,22 @@ async def test_a_reader_goes_on_by_itself(kind: Kind, server: RedisServer, caplo
         tg.start_soon(read)
         tg.start_soon(layer.receive, "normal")
         await until(
-            lambda: layer.statistics().waiting_receivers == 2 and layer.statistics().connections == len(layer._links)
+            lambda: (
+                layer.statistics().waiting_receivers == 2
+                and layer.statistics().connections == len(layer._router.running)
+            )
         )
         with caplog.at_level(logging.INFO, "anyio_channels"):
             await to_thread.run_sync(server.kill)
             await until(lambda: layer.statistics().connections == 0)
             await to_thread.run_sync(server.start)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer._router.running))
         await layer.group_send("room", {"n": 1})
         await until(lambda: got == [{"n": 1}])
-        assert layer.statistics().reconnects == len(layer._links)
+        assert layer.statistics().reconnects == len(layer._router.running)
         lines = [record.getMessage() for record in caplog.records]
-        assert sum("trying again" in line for line in lines) == len(layer._links)
-        assert sum("connected again" in line for line in lines) == len(layer._links)
+        assert sum("trying again" in line for line in lines) == len(layer._router.running)
+        assert sum("connected again" in line for line in lines) == len(layer._router.running)
         tg.cancel_scope.cancel()
 
 
@@ -192,7 +195,9 @@ async def test_an_inbox_is_told_of_the_outage(kind: Kind, on_gap: Any, server: R
         await layer.group_send("room", {"n": 1})
         await until(lambda: layer.statistics().buffered_messages == 1)
         await to_thread.run_sync(server.restart)
-        await until(lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._links))
+        await until(
+            lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._router.running)
+        )
         await layer.group_send("room", {"n": 2})
         assert await inbox.receive() == {"n": 1}
         if on_gap == "event":
@@ -518,11 +523,11 @@ async def test_half_open(kind: Kind, server: RedisServer) -> None:
             make(kind, proxy.url, keep_alive=0.2, timeout=0.2, connect_timeout=0.5) as layer,
             layer.subscribe("room") as inbox,
         ):
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer._router.running))
             proxy.swallow()
             await until(lambda: layer.statistics().connections == 0)
             proxy.stop_swallowing()
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer._router.running))
             with server.client() as client:
                 if kind is QUEUE:
                     await until(lambda: client.zcard(layer.group_key("room")) == 1)
@@ -568,9 +573,9 @@ async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
             for number in range(1000):
                 tg.start_soon(read, number)
             await until(lambda: layer.statistics().waiting_receivers == 1000)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer._router.running))
             assert len(client.client_list()) - 1 <= 3
-            await layer._execute(layer._topology.links[0], "PING")
+            await layer._execute(layer._router.links[0], "PING")
             if isinstance(layer, RedisChannelLayer):
                 await popper(layer).until_ended()
                 await until(lambda: len(popper(layer).blocked) == 500 and not popper(layer).waking)
@@ -730,7 +735,7 @@ async def away(proxy: Proxy, layer: Any) -> AsyncGenerator[None]:
     await until(lambda: layer.statistics().connections == 0)
     yield
     proxy.refuse(False)
-    await until(lambda: layer.statistics().connections == len(layer._links))
+    await until(lambda: layer.statistics().connections == len(layer._router.running))
 
 
 @both
@@ -774,7 +779,7 @@ async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
                         await layer.subscribe().__aenter__()
             assert layer.statistics().groups == 1
             proxy.refuse(False)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer._router.running))
             assert await layer.group_channels("room") == await layer.group_channels("other") == set()
             assert await layer.group_channels("stays") == {stays.channel}
             if kind is PUBSUB:
@@ -791,7 +796,7 @@ async def test_held_while_away(server: RedisServer) -> None:
         async with away(proxy, layer):
             for number in range(3):
                 entry = payload({"n": number}, b"%12d" % number)
-                layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
+                layer.put_normal(source, entry, str(time.time() + number / 1000), layer._router.links[0].server_time)
             layer.look_after(source)
             await anyio.wait_all_tasks_blocked()
             assert await layer.receive("a") == {"n": 0}
@@ -807,7 +812,7 @@ async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.Log
         source = layer._channel("a")
         with server.client() as client:
             client.set(layer.channel_key("a"), "text")
-        layer.put_normal(source, payload({"n": 1}), str(time.time()), layer._topology.links[0].server_time)
+        layer.put_normal(source, payload({"n": 1}), str(time.time()), layer._router.links[0].server_time)
         layer.look_after(source)
         await until(lambda: layer.statistics().discarded == 1)
         assert "could not be given back" in caplog.text
@@ -932,7 +937,7 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
             proxy.cut_all()
             await until(lambda: layer.subscriptions.wanted["cut"].confirmed)
             server.pause()
-            tg.start_soon(layer.subscriptions.restore, layer._topology.links[0], layer._topology.links[0].connection)
+            tg.start_soon(layer.subscriptions.restore, layer._router.links[0], layer._router.links[0].connection)
             tg.start_soon(read, "dropped")
             await until(lambda: "dropped" in layer._here.channels)
             layer._here.forget(layer._here.channels["dropped"])

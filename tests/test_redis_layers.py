@@ -381,7 +381,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
 async def test_pushes_that_are_not_ours_are_passed_over(kind: Kind, redis_server: RedisServer) -> None:
     """What Redis may push beside messages harms nothing: here, that a key changed."""
     async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
-        (link,) = layer._topology.links
+        (link,) = layer._router.links
         key = f"{layer.prefix}tracked"
         await link.execute("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", key)
         await link.execute("SET", key, "changed")
@@ -603,7 +603,9 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without redis and hiredis the error says what to install."""
     import sys
 
-    for name in [name for name in sys.modules if name.startswith("anyio_channels.layers.redis")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("anyio_channels.layers.redis", "anyio_channels.redis"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(anyio_channels.layers, "redis")
     monkeypatch.setitem(sys.modules, "hiredis", None)
@@ -616,7 +618,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_both_layers_share_is_not_a_layer() -> None:
     """The common base is abstract in what makes a layer."""
     assert (
-        {"_make_link", "_tick", "_wind_up"} <= set(RedisLayer.__abstractmethods__)
+        {"_restore", "_tick", "_wind_up"} <= set(RedisLayer.__abstractmethods__)
         if hasattr(RedisLayer, "__abstractmethods__")
         else True
     )

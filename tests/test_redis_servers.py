@@ -58,12 +58,12 @@ def names_on(layer: Any, server: RedisServer, count: int, start: str = "name") -
     return [
         name
         for name in (f"{start}{number}" for number in range(100 * count))
-        if owner_of(layer, name).endpoint.port == server.port
+        if owner_of(layer, name).server.address.port == server.port
     ][:count]
 
 
 def owner_of(layer: Any, name: str) -> Any:
-    return layer._topology.owner(name, name)
+    return layer._router.owner(name, name)
 
 
 @pytest.mark.anyio
@@ -133,7 +133,7 @@ async def test_one_server_down(kind: Kind, own_pair: list[RedisServer]) -> None:
             tg.start_soon(read, channel)
             await reachable(layer, channel, got)
         down.kill()
-        await until(lambda: layer.statistics().connections < len(layer._links))
+        await until(lambda: layer.statistics().connections < len(layer._router.running))
         got.clear()
         await layer.send(here, {"to": here})
         await until(lambda: got == [here])
@@ -179,7 +179,7 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
     async with layer, create_task_group() as tg:
         inboxes = [await tg.start(partial(hold_inbox, layer, prefix=start, on_gap="raise")) for start in "abcdefgh"]
         gone = own_pair[1]
-        touched = [layer._link_of(inbox.channel).endpoint.port == gone.port for inbox in inboxes]
+        touched = [layer._link_of(inbox.channel).server.address.port == gone.port for inbox in inboxes]
         if False in touched:  # by chance, all may live there
             joined = touched.index(False)
             await inboxes[joined].join(group_on(layer, gone))
@@ -187,7 +187,9 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
         with gone.client() as client:
             client.client_kill_filter(skipme=True, _type="normal")
             client.client_kill_filter(skipme=True, _type="pubsub")
-        await until(lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._links))
+        await until(
+            lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._router.running)
+        )
         for inbox, is_touched in zip(inboxes, touched, strict=True):
             if is_touched:
                 with pytest.raises(MessagesLost), fail_after(PATIENCE):
@@ -207,7 +209,7 @@ def group_on(layer: Any, server: RedisServer) -> str:
             if layer.__class__ is PUBSUB.layer_class
             else layer._link_of_group(name)
         )
-        if link.endpoint.port == server.port:
+        if link.server.address.port == server.port:
             return name
     raise AssertionError
 

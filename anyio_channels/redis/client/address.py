@@ -1,0 +1,333 @@
+"""Where Redis servers are and how to log in there: from URLs and options to frozen dataclasses. The only parser of these.
+
+Rules:
+- options are those that ``hosts`` of channels_redis and the URLs of the ``redis`` package have; the ``redis`` package parses
+  the query of a URL. An unknown option is a ``TypeError`` that lists the known ones.
+- TLS verifies the server's certificate and name unless it is told not to.
+- a password is in no ``repr``, log or error.
+- nothing is connected here; the files of TLS options are read at once, so that a missing one is told early.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from redis.connection import SSLConnection, parse_url
+from redis.credentials import CredentialProvider
+
+__all__ = [
+    "Address",
+    "Host",
+    "SentinelAddress",
+    "SplitURL",
+    "options_of",
+    "parse_host",
+    "parse_hosts",
+    "split_url",
+]
+
+Host = str | tuple[str, int] | list[Any] | dict[str, Any]
+"""One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
+
+DEFAULT_URL: Final = "redis://localhost:6379"
+_TLS_OPTIONS: Final = frozenset(
+    {
+        "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_ciphers",
+        "ssl_context", "ssl_keyfile", "ssl_min_version", "ssl_password",
+    }
+)  # fmt: skip
+_OPTIONS: Final = frozenset(
+    {
+        "client_name", "credential_provider", "db", "host", "password", "path", "port", "socket_connect_timeout",
+        "socket_timeout", "ssl", "unix_socket_path", "username",
+    }
+) | _TLS_OPTIONS  # fmt: skip
+"""Every option a host entry accepts."""
+_SENTINEL_PORT: Final = 26379
+_SENTINEL_HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """One server, and how to log in there."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    """The unix socket, if it is one."""
+    db: int = 0
+    username: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    credential_provider: CredentialProvider | None = field(default=None, repr=False)
+    client_name: str | None = None
+    timeout: float | None = None
+    connect_timeout: float | None = None
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name used in error messages."""
+        if self.path is not None:
+            return f"Redis at {self.path}"
+        return f"Redis at [{self.host}]:{self.port}" if ":" in self.host else f"Redis at {self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class SentinelAddress:
+    """A primary that sentinels watch under a name."""
+
+    sentinels: tuple[Address, ...]
+    master_name: str
+    primary: Address
+    """How to log in there; the sentinels say where it is."""
+
+
+class SplitURL(NamedTuple):
+    """What a URL with options for somebody else says."""
+
+    hosts: list[Host]
+    is_cluster: bool
+    rest: list[tuple[str, str]]
+    """The options in the query that are for somebody else."""
+
+
+# Hosts
+
+
+def parse_hosts(hosts: Sequence[Host] | None) -> list[Address | SentinelAddress]:
+    """Return the addresses for ``hosts``; for ``None``, the server on this machine.
+
+    Raises ``TypeError`` for an unknown option and ``ValueError`` for a value that cannot be.
+    """
+    if hosts is None:
+        hosts = [DEFAULT_URL]
+    if isinstance(hosts, str | bytes | Mapping) or not isinstance(hosts, Sequence):
+        raise TypeError("hosts must be a list of Redis hosts, even if there is only one")
+    if not hosts:
+        raise ValueError("hosts must name at least one Redis host; leave it out for redis://localhost:6379")
+    return [parse_host(host) for host in hosts]
+
+
+def parse_host(host: Host) -> Address | SentinelAddress:
+    """Return the address for one entry of ``hosts``; raises as ``parse_hosts``."""
+    if isinstance(host, str):
+        options = _parse_url(host)
+    elif isinstance(host, Mapping):
+        options = dict(host)
+        if "address" in options:
+            options = _parse_url(options.pop("address")) | options
+    elif isinstance(host, Sequence) and len(host) == 2:  # noqa: PLR2004 - host and port
+        options = {"host": host[0], "port": host[1]}
+    else:
+        raise TypeError("an entry of hosts must be a URL, a (host, port) pair or a dict of options")
+    if "sentinels" in options or "master_name" in options:
+        return _to_sentinels(options)
+    return _to_address(options)
+
+
+def _to_sentinels(options: dict[str, Any]) -> SentinelAddress:
+    found = options.pop("sentinels", None)
+    master_name = options.pop("master_name", None)
+    of_sentinels = options.pop("sentinel_kwargs", None) or {}
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise TypeError("sentinels of a Redis host must be a list of (host, port) pairs, with one at least")
+    if not isinstance(master_name, str) or not master_name:
+        raise TypeError("master_name of a Redis host must be the name that the sentinels have for it (str)")
+    if not isinstance(of_sentinels, Mapping):
+        raise TypeError("sentinel_kwargs of a Redis host must be a dict of options for the sentinels")
+    if unused := sorted({"host", "port", "path", "unix_socket_path"} & options.keys()):
+        raise ValueError(f"{', '.join(unused)} of a Redis host have no effect beside sentinels, who say where it is")
+    sentinels: list[Address] = []
+    for one in found:
+        if isinstance(one, str | Mapping) or not isinstance(one, Sequence) or len(one) != 2:  # noqa: PLR2004 - host and port
+            raise TypeError(f"an entry of sentinels must be a (host, port) pair, not {one!r:.100}")
+        sentinels.append(_to_address({**of_sentinels, "host": one[0], "port": one[1]}))
+    return SentinelAddress(tuple(sentinels), master_name, _to_address(options))
+
+
+def _to_address(options: dict[str, Any]) -> Address:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(sorted(_OPTIONS))}")
+    path = options.get("path") or options.get("unix_socket_path")
+    host, port, db = options.get("host", "localhost"), options.get("port", 6379), options.get("db", 0)
+    if not isinstance(host, str) or not host:
+        raise TypeError(f"the host of a Redis server must be a str, not {host!r}")
+    port, db = _whole("port", port, 1, 65535), _whole("db", db, 0, 2**31)
+    provider = options.get("credential_provider")
+    if provider is not None and not isinstance(provider, CredentialProvider):
+        raise TypeError("credential_provider must be a redis.CredentialProvider")
+    for name in ("username", "password", "client_name"):
+        if not isinstance(options.get(name), str | None):
+            raise TypeError(f"{name} of a Redis host must be a str")
+    with_tls = _flag("ssl", options.get("ssl", False))
+    if with_tls and path:
+        raise ValueError("a Redis host on a unix socket has no TLS")
+    if not with_tls and (unused := sorted(_TLS_OPTIONS & options.keys())):
+        raise ValueError(f"{', '.join(unused)} of a Redis host have no effect without TLS: use rediss:// or ssl=True")
+    return Address(
+        host=host,
+        port=port,
+        path=path,
+        db=db,
+        username=options.get("username") or None,
+        password=options.get("password") or None,
+        credential_provider=provider,
+        client_name=options.get("client_name"),
+        timeout=_seconds("socket_timeout", options.get("socket_timeout")),
+        connect_timeout=_seconds("socket_connect_timeout", options.get("socket_connect_timeout")),
+        tls=_tls_context(options) if with_tls else None,
+    )
+
+
+# URLs
+
+
+def _parse_url(url: object) -> dict[str, Any]:
+    """Return the options that the URL of a server, or of sentinels, gives."""
+    if not isinstance(url, str):
+        raise TypeError("the address of a Redis host must be a URL (str)")
+    scheme = url.partition("://")[0]
+    if scheme in ("redis+sentinel", "rediss+sentinel"):
+        return _parse_sentinel_url(url)
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("a Redis URL begins with redis://, rediss:// or unix://")
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.port != 0 and (scheme == "unix" or re.fullmatch(r"(/\d*)?", parts.path) is not None)
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        # No part of it here: a password with a character that it must not have is where a port or path should be.
+        raise ValueError(
+            "a Redis URL is redis://[user[:password]@]host[:port][/db][?options]; "
+            "characters like / ? # [ ] in a user or password must be percent-encoded"
+        )
+    options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    if scheme == "unix" and "path" not in options:
+        raise ValueError("a Redis URL with unix:// must have the path of the socket, as unix:///run/redis.sock")
+    return options
+
+
+def _parse_sentinel_url(url: str) -> dict[str, Any]:
+    scheme, _, rest = url.partition("://")
+    rest, mark, query = rest.partition("?")
+    login, at, place = rest.rpartition("@")
+    servers, _, path = place.partition("/")
+    master_name, _, db = path.partition("/")
+    pairs = [pair for server in servers.split(",") if (pair := _SENTINEL_HOST.fullmatch(server))]
+    if not master_name or len(pairs) <= servers.count(",") or not re.fullmatch(r"\d*", db):
+        # No part of it here: it may hold a password.
+        raise ValueError(
+            "a Sentinel URL is redis+sentinel://[user[:password]@]host[:port][,host[:port]...]/master_name[/db][?options]"
+        )
+    # The rest is as in any URL of a Redis; the host is what the sentinels will say.
+    options = _parse_url(f"{scheme.partition('+')[0]}://{login}{at}primary/{db}{mark}{query}")
+    del options["host"]
+    of_sentinels = {name: value for name, value in options.items() if name.startswith("ssl")}
+    for name in ("username", "password"):
+        if f"sentinel_{name}" in options:
+            of_sentinels[name] = options.pop(f"sentinel_{name}")
+    return {
+        **options,
+        "sentinels": [(pair[1] or pair[2], int(pair[3] or _SENTINEL_PORT)) for pair in pairs],
+        "master_name": master_name,
+        "sentinel_kwargs": of_sentinels,
+    }
+
+
+def options_of(scheme: str) -> list[str]:
+    """Return the names of the options that a URL of ``scheme`` may give for its servers."""
+    return [*sorted(_OPTIONS), *(["sentinel_password", "sentinel_username"] if scheme.endswith("+sentinel") else [])]
+
+
+def split_url(url: str, others: Collection[str]) -> SplitURL:
+    """Split a URL of one server, or of several behind each other, of sentinels or of a cluster, that has more options.
+
+    ``others``: the names of options that are not for the servers.
+    """
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("?")[0]
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    tail = urlencode([pair for pair in pairs if pair[0] not in others])
+    tail = f"?{tail}" if tail else ""
+    login, at, nodes = place.rpartition("@")
+    names, slash, path = nodes.partition("/")
+    if "," in names and not all(names.split(",")):
+        raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
+    if "," in place and "@" in login:
+        raise ValueError(
+            "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
+        )
+    is_cluster = scheme.endswith("+cluster")
+    scheme = scheme.removesuffix("+cluster")
+    hosts: list[Host] = [f"{scheme}://{place}{tail}"]
+    if is_cluster or ("," in names and scheme in {"redis", "rediss"}):
+        # Each server of the list with what else the URL says.
+        hosts = [f"{scheme}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
+    return SplitURL(hosts, is_cluster, [pair for pair in pairs if pair[0] in others])
+
+
+# Values
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    try:
+        number = int(value) if isinstance(value, int | str) else None
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {value!r}")
+    return number
+
+
+def _flag(name: str, value: object) -> bool:
+    flag = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
+    if flag is None:
+        raise ValueError(f"{name} of a Redis host must be True or False, not {value!r}")
+    return flag
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{name} of a Redis host must be a positive number of seconds, not {value!r}")
+    return seconds
+
+
+def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
+    given = options.get("ssl_context")
+    if given is not None:
+        if not isinstance(given, ssl.SSLContext):
+            raise TypeError(f"ssl_context of a Redis host must be an ssl.SSLContext, not {given!r}")
+        return given
+    context = ssl.create_default_context(
+        cafile=options.get("ssl_ca_certs"), capath=options.get("ssl_ca_path"), cadata=options.get("ssl_ca_data")
+    )
+    requirement = options.get("ssl_cert_reqs", "required")
+    levels = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+    level = levels.get(requirement) if isinstance(requirement, str) else requirement
+    if not isinstance(level, ssl.VerifyMode):
+        raise ValueError(f"ssl_cert_reqs must be one of {', '.join(map(repr, levels))}, not {requirement!r}")  # noqa: TRY004
+    check = _flag("ssl_check_hostname", options.get("ssl_check_hostname", True))
+    context.check_hostname = check and level is not ssl.CERT_NONE
+    context.verify_mode = level
+    if options.get("ssl_certfile"):
+        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password"))
+    if options.get("ssl_min_version") is not None:
+        context.minimum_version = ssl.TLSVersion(int(options["ssl_min_version"]))  # redis before 6 leaves it a str
+    if options.get("ssl_ciphers"):
+        context.set_ciphers(options["ssl_ciphers"])
+    return context

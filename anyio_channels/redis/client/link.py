@@ -1,0 +1,442 @@
+"""A connection that comes back: connect, shake hands, restore, serve, and again.
+
+Rules:
+- ``run()`` goes on until it is cancelled. After each failure it waits with exponential backoff and jitter, which success
+  sets back; the first connection is no exception.
+- a connection is handed out only when what its owner wants restored (subscriptions) is restored.
+- one path for a command: a ``Call`` is sent by a plain function, and ``execute`` waits for it. What can be mended when the
+  reply comes (``NOSCRIPT`` here, redirections in a cluster) is mended in ``mend``, for those who wait and those who do not.
+- a script goes out whole the first time on each connection, and by its digest then; so it is not refused where that would
+  let what is behind it overtake it.
+- a call during an outage waits for the connection at most ``timeout`` seconds in all, then fails with the cause.
+- refusals that waiting does not cure (password, certificate, permission) are told at once to whoever opens the link.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha1
+from typing import Any, Final, Protocol
+
+import hiredis
+import redis.exceptions
+from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
+from anyio.abc import ByteStream
+from redis.backoff import ExponentialWithJitterBackoff
+
+from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
+
+from .connection import Connection, reply_to
+from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
+from .protocol import Argument, Request
+
+__all__ = ["Call", "Link", "LinkEvents", "Script", "Target", "Timeouts"]
+
+_BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
+MOST_HOPS: Final = 16
+_MOST_FAILURES: Final = 16
+"""The backoff doubles no further."""
+_QUIET: Final = 10.0
+"""Seconds in which a connection that is lost again and again is logged once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and its digest."""
+
+    text: str
+    digest: str
+    parse: Callable[[Any], Any] | None
+    """Turns the reply into what callers get, as in ``Request``."""
+    announces: bool
+    """Whether its last argument is a sharded Redis channel on which it says what it did."""
+
+    @classmethod
+    def of(cls, text: str, parse: Callable[[Any], Any] | None = None, *, announces: bool = False) -> Script:
+        """Return the script for ``text``."""
+        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest(), parse, announces)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeouts:
+    """Seconds, for all servers of a router that have none of their own."""
+
+    timeout: float
+    """In which a call succeeds or fails."""
+    connect_timeout: float
+    """In which a connection is made, and what is to be restored is restored."""
+    keep_alive: float
+    """Between signs of life where nobody else gives them."""
+
+
+class Target(Protocol):
+    """Where a link leads: one server, or whichever of some has a role."""
+
+    @property
+    def name(self) -> str:
+        """The name used in error messages."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds a call may take, instead of those of ``Timeouts``."""
+
+    @property
+    def connect_timeout(self) -> float | None:
+        """Seconds connecting may take, instead of those of ``Timeouts``."""
+
+    async def connect(self) -> ByteStream:
+        """Open a stream. Raises ``OSError`` and errors of the ``redis`` package."""
+
+    async def shake_hands(self, connection: Connection) -> float:
+        """Make ``connection`` ready; return the server's time. Raises errors of the ``redis`` package."""
+
+
+class LinkEvents:
+    """What the client tells its user; override what you need. Only ``restore`` may wait."""
+
+    def on_new(self, link: Link) -> None:
+        """A router made a link to a server, at its opening or later; it does not run yet."""
+
+    async def restore(self, link: Link, connection: Connection) -> None:
+        """Make a new connection what the last one was, before anybody else may use it."""
+
+    def on_up(self, link: Link) -> None:
+        """A connection is there, and restored."""
+
+    def on_down(self, link: Link) -> None:
+        """The connection was lost, after ``on_up``."""
+
+    def on_push(self, link: Link, push: list[Any]) -> None:
+        """The server sent something unasked."""
+
+    def on_moved(self, moved: set[int], lost: set[int]) -> None:
+        """Slots of a cluster were asked for; ``moved``: have another owner; ``lost``: also those whose owner was gone."""
+
+
+class Call(Request):
+    """A request that a link sees through, over more than one connection if it must be."""
+
+    __slots__ = ("asking", "hops", "link", "script")
+
+    def __init__(
+        self,
+        link: Link,
+        command: Sequence[Argument],
+        script: Script | None = None,
+        parse: Callable[[Any], Any] | None = None,
+        done: Callable[[Request], object] | None = None,
+    ) -> None:
+        """``link``: who mends it. ``script``: the one that ``command`` runs."""
+        super().__init__(command, parse, done)
+        self.link: Link = link
+        self.script: Script | None = script
+        self.hops: int = MOST_HOPS
+        """How many more redirections may be followed at once."""
+        self.asking: bool = False
+        """Whether it goes to the node that its slot is on its way to."""
+
+    def settle(self) -> None:
+        """Tell whoever asked, unless the link sends it again."""
+        if (self.error is not None or self.asking) and not self.abandoned and self.link.mend(self):
+            return
+        if self.bell is not None:
+            self.bell.set()
+        elif self.done is not None:
+            self.done(self)
+
+    def begin_again(self) -> None:
+        """Become as if it had never been sent."""
+        self.error = None
+        self.written = False
+
+
+class Link:
+    """The way to one server, up or down."""
+
+    def __init__(self, server: Target, timeouts: Timeouts, events: LinkEvents) -> None:
+        """``events`` hears what happens to the link."""
+        self.server: Target = server
+        self.timeout: float = server.timeout or timeouts.timeout
+        self.connect_timeout: float = server.connect_timeout or timeouts.connect_timeout
+        self.connection: Connection | None = None
+        """The connection, while it is up."""
+        self.connects: int = 0
+        """How often it came up."""
+        self.error: Exception | None = None
+        """Why it is not up."""
+        self.clock_offset: float = 0.0
+        """What to add to ``time.monotonic()`` to have the server's time, in seconds."""
+        self.refused: bool = False
+        """Whether the server refused in a way that waiting does not cure."""
+        self.retired: bool = False
+        """Whether the server is not used any more."""
+        self._events = events
+        self._scope = CancelScope()
+        self._news = Event()
+        self._hurry = Event()
+        self._past_commands = 0
+        self._troubles = Troubles(time.monotonic, _QUIET)
+        self._is_told = False  # that it is down
+        self._known: set[str] = set()  # digests of the scripts that the connection carried whole
+
+    @property
+    def name(self) -> str:
+        """The server's name in error messages."""
+        return self.server.name
+
+    @property
+    def server_time(self) -> float:
+        """The server's time, in seconds since 1970, as well as it is known."""
+        return time.monotonic() + self.clock_offset
+
+    @property
+    def commands(self) -> int:
+        """How many commands were sent, the handshakes among them."""
+        return self._past_commands + (0 if self.connection is None else self.connection.commands)
+
+    async def run(self) -> None:
+        """Keep the connection up until cancelled or retired."""
+        try:
+            with self._scope:
+                await self._run()
+        finally:
+            self._troubles.close()
+
+    async def retire(self) -> None:
+        """End the connection when all that is in flight is answered; calls that wait for it get ``LinkRetired``."""
+        self.retired = True
+        self._tell()
+        if self.connection is not None:
+            self.connection.mute()
+            with suppress(redis.exceptions.RedisError):
+                await self.connection.execute("PING")
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                with fail_after(self.connect_timeout):
+                    stream = await self.server.connect()
+            except (OSError, redis.exceptions.RedisError) as error:
+                self._fail(error)
+            else:
+                on_push = partial(self._events.on_push, self)
+                if await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push)):
+                    failures = 0
+            failures = min(failures + 1, _MOST_FAILURES)
+            with move_on_after(_BACKOFF.compute(failures)):
+                await self._hurry.wait()
+            self._hurry = Event()
+
+    async def _serve(self, connection: Connection) -> bool:
+        """Serve ``connection`` until it ends; return whether it ever came up."""
+        came_up = False
+        async with create_task_group() as tasks:
+            tasks.start_soon(connection.run)
+            try:
+                with fail_after(self.connect_timeout):
+                    before = time.monotonic()
+                    server_time = await self.server.shake_hands(connection)
+                    self.set_clock(server_time, before)
+                    await self._events.restore(self, connection)
+            except (OSError, redis.exceptions.RedisError) as error:
+                self._fail(error)
+            else:
+                came_up = True
+                self._up(connection)
+                try:
+                    await connection.wait_ended()
+                    self._lose(connection)
+                finally:
+                    self.connection = None
+                    self._past_commands += connection.commands
+            finally:
+                tasks.cancel_scope.cancel()
+        return came_up
+
+    def reconnect(self, why: str) -> None:
+        """Give the connection up and make a new one at once."""
+        self._hurry.set()
+        if self.connection is not None:
+            self.connection.end(why)
+
+    def set_clock(self, server_time: float, asked_at: float) -> None:
+        """Note the server's time, which it told between ``asked_at`` (``time.monotonic()``) and now."""
+        self.clock_offset = server_time - (asked_at + time.monotonic()) / 2
+
+    # Waiting for it
+
+    async def ready(self) -> Connection:
+        """Wait for the connection to be up, for as long as the caller allows."""
+        while self.connection is None:
+            if self.retired:
+                raise LinkRetired(f"{self.name} is not used any more", may_have_run=False)
+            await self._news.wait()
+        return self.connection
+
+    async def opened(self) -> None:
+        """Wait for the first connection, at most ``connect_timeout`` seconds.
+
+        Raises an error of the ``redis`` package that names the server and the cause, at once where waiting would not help.
+        """
+        with move_on_after(self.connect_timeout):
+            while self.connection is None and not self.refused:
+                await self._news.wait()
+        if self.connection is None:
+            raise self.down_error()
+
+    # Calls
+
+    def execute(self, *command: Argument, parse: Callable[[Any], Any] | None = None) -> Coroutine[Any, Any, Any]:
+        """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
+
+        Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
+        the command was not sent, or it may run and its reply is swallowed.
+        """
+        return self.wait(Call(self, command, None, parse))
+
+    def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
+        """Run ``script`` on ``keys`` and return what it returns.
+
+        Raises what ``execute`` raises, and leaves behind what ``execute`` does.
+        """
+        return self.wait(self._script_call(script, keys, args))
+
+    def submit(
+        self,
+        *command: Argument,
+        parse: Callable[[Any], Any] | None = None,
+        done: Callable[[Request], object] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
+        self.send(Call(self, command, None, parse, done), timeout)
+
+    def call_soon(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        *args: Argument,
+        done: Callable[[Request], object],
+        timeout: float | None = None,
+    ) -> None:
+        """Run ``script`` on ``keys`` as ``submit`` does."""
+        self.send(self._script_call(script, keys, args, done), timeout)
+
+    def _script_call(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: Sequence[Argument],
+        done: Callable[[Request], object] | None = None,
+    ) -> Call:
+        if script.digest in self._known:
+            command: tuple[Argument, ...] = ("EVALSHA", script.digest, len(keys), *keys, *args)
+        else:
+            command = ("EVAL", script.text, len(keys), *keys, *args)
+            if self.connection is not None:
+                self._known.add(script.digest)
+        return Call(self, command, script, script.parse, done)
+
+    def send(self, call: Call, timeout: float | None = None) -> None:
+        """Send ``call``; it is settled at once if the link is down."""
+        if self.connection is None:
+            call.error = self.down_error()
+            call.settle()
+        else:
+            self.connection.send(call, timeout)
+
+    async def wait(self, call: Call) -> Any:
+        """Send ``call``, when the link is up, and wait for the reply, as ``execute`` says."""
+        timeout = None
+        if self.connection is None:
+            give_up = time.monotonic() + self.timeout
+            await self.up_until(give_up)
+            timeout = max(0.0, give_up - time.monotonic())
+        self.send(call, timeout)
+        return await reply_to(call)
+
+    async def up_until(self, give_up: float) -> None:
+        """Wait for the connection until ``give_up``, by ``time.monotonic()``; then raise why there is none."""
+        with move_on_after(give_up - time.monotonic()):
+            await self.ready()
+        if self.connection is None:
+            raise self.down_error()
+
+    def mend(self, call: Call) -> bool:
+        """Send a call that failed again, if that mends it; ``False``: whoever asked is to be told."""
+        if not isinstance(call.error, redis.exceptions.NoScriptError) or call.script is None:
+            return False
+        # Whoever flushed the scripts flushed them all.
+        self._known = {call.script.digest}
+        call.command = ("EVAL", call.script.text, *call.command[2:])
+        call.data = hiredis.pack_command(call.command)  # type: ignore[arg-type] # as in Request
+        call.begin_again()
+        self.send(call)
+        return True
+
+    # The inside
+
+    def _up(self, connection: Connection) -> None:
+        if self._is_told and self.connects:
+            CONNECTION_RESTORED.write(server=self.name)
+        self._is_told = False
+        self._known.clear()
+        self.connection = connection
+        self.connects += 1
+        self.error = None
+        self.refused = False
+        self._events.on_up(self)
+        self._tell()
+
+    def _lose(self, connection: Connection) -> None:
+        self.connection = None
+        self.error = connection.lost(may_have_run=False)
+        self._is_told = self._troubles.note(CONNECTION_LOST, server=self.name, error=_reason(self.error))
+        self._events.on_down(self)
+        self.on_trouble()
+
+    def _fail(self, error: Exception) -> None:
+        """It did not come up."""
+        if self.error is None:
+            CONNECTION_FAILED.write(server=self.name, error=_reason(error))
+            self._is_told = True
+        elif self._troubles.look():
+            self._is_told = True
+        self.error = error
+        self.refused = is_refusal(error)
+        if self.refused:
+            self._tell()
+        self.on_trouble()
+
+    def on_trouble(self) -> None:
+        """The server cannot be reached, or was lost: for those who know of others."""
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = Event()
+
+    def down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
+        """Return the error that says why there is no connection."""
+        error = self.error
+        if isinstance(error, redis.exceptions.AuthenticationError):
+            return redis.exceptions.AuthenticationError(_reason(error))
+        if isinstance(error, redis.exceptions.ResponseError):
+            return type(error)(_reason(error))
+        kind = ConnectionTimeout if isinstance(error, TimeoutError) or error is None else ConnectionLost
+        lost = kind(f"{self.name} cannot be reached: {_reason(error)}", may_have_run=False)
+        lost.__cause__ = error
+        return lost
+
+
+def _reason(error: BaseException | None) -> str:
+    if error is None or (isinstance(error, TimeoutError) and not str(error)):
+        return "it did not answer in time"
+    if isinstance(error, ConnectionLost):
+        return str(error.args[0]).rpartition(";")[0]
+    return said(error)

@@ -1,0 +1,286 @@
+"""RESP3 without I/O: requests in, bytes out; bytes in, answered requests and pushes out, in order, or the end.
+
+Rules:
+- requests in flight are in one first-in-first-out. An abandoned request that was handed out already keeps its place, to
+  swallow its reply; one that was not handed out yet is dropped.
+- SUBSCRIBE and its kin are answered by a push for each name; no other push answers a request.
+- the first thing that is wrong ends the protocol for good: bytes that are not RESP3, a reply that no request waits for, a
+  reply or a push of the wrong shape, an announcement of more than ``MOST_ELEMENTS`` elements. It never resynchronises:
+  what follows is not parsed, and every request that waits is returned with a ``ConnectionLost``.
+- no clock, no I/O, no callbacks: the driver tells whoever asked, and knows what is due.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
+from typing import Protocol as Interface
+
+import hiredis
+from hiredis import PushNotification
+
+from .errors import ConnectionLost, to_error
+
+__all__ = ["MOST_ELEMENTS", "Argument", "Event", "Request", "RespProtocol"]
+
+Argument: TypeAlias = bytes | str | int | float
+"""What a command is made of."""
+
+MOST_ELEMENTS: Final = 2**20
+"""An array, map, set or push may announce this many elements: hiredis allocates the list as soon as it sees the header."""
+_WRONG_SHAPE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a parser raises for a reply of a wrong type or shape."""
+
+_MORE: Final = object()
+_CONFIRMED: Final[dict[Argument, bytes]] = {
+    name: name.lower().encode()
+    for name in ("SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE")
+}
+"""RESP3 answers these by a push for each name (https://redis.io/docs/latest/develop/reference/protocol-spec/#pushes)."""
+_WORDS: Final = frozenset(_CONFIRMED.values())
+# A header follows a line break, but for the very first one. The single literal in front lets the regular expression engine
+# search as fast as memchr; whether a hit is a header or part of a string is asked of hiredis.
+_HEADER: Final = re.compile(rb"[*%~>|](\d{7,})")
+_NEXT_HEADER: Final = re.compile(rb"\n([*%~>|](\d{7,}))")
+_CUT_HEADER: Final = re.compile(rb"(?:\A|\n)([*%~>|]\d{0,7})\Z")
+_MOST_DIGITS: Final = 7
+
+
+class _Bell(Interface):
+    """Wakes one task."""
+
+    def set(self) -> object: ...
+
+
+class Request:
+    """A command, and what became of it: it is settled once, when ``reply`` or ``error`` is there."""
+
+    __slots__ = (
+        "abandoned", "awaits", "bell", "command", "confirmations", "data", "done", "due", "error", "is_fence", "parse",
+        "reply", "written",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        command: Sequence[Argument],
+        parse: Callable[[Any], Any] | None = None,
+        done: Callable[[Any], object] | None = None,
+    ) -> None:
+        """``parse`` turns the reply into what the caller gets, and raises if it is not what the command returns.
+
+        ``done`` is called with the request when it is settled; it must neither wait nor raise.
+        """
+        self.command: Sequence[Argument] = command
+        self.data: bytes = hiredis.pack_command(command)  # type: ignore[arg-type] # hiredis says "of one item"
+        self.parse: Callable[[Any], Any] | None = parse
+        self.done: Callable[[Any], object] | None = done
+        self.bell: _Bell | None = None
+        """Whom to wake, in the place of calling ``done``."""
+        self.awaits: bytes | None = _CONFIRMED.get(command[0])
+        self.confirmations: int = len(command) - 1
+        self.due: float = 0.0
+        """When it must be answered, by the driver's clock."""
+        self.reply: Any = None
+        self.error: Exception | None = None
+        self.written: bool = False
+        self.abandoned: bool = False
+        self.is_fence: bool = False
+        """Whether an error in its place is a late answer to what is in front of it."""
+
+    def settle(self) -> None:
+        """Tell whoever asked."""
+        if self.bell is not None:
+            self.bell.set()
+        elif self.done is not None:
+            self.done(self)
+
+    def result(self) -> Any:
+        """Return the reply, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.reply
+
+
+Event: TypeAlias = "Request | list[Any]"
+"""A request that was answered or never will be, or a push (a ``hiredis.PushNotification``)."""
+
+
+class RespProtocol:
+    """One connection as a table of states: open, or ended."""
+
+    def __init__(self, server: str) -> None:
+        """``server``: the name used in error messages."""
+        self.server: str = server
+        self.ended: bool = False
+        self._reader = hiredis.Reader(notEnoughData=_MORE)
+        self._queue: list[Request] = []
+        self._in_flight: deque[Request] = deque()
+        self._held = b""
+        self._why: tuple[type[ConnectionLost], str, BaseException | None] = (ConnectionLost, "it was closed", None)
+
+    @property
+    def pending(self) -> Iterator[Request]:
+        """The requests that are not settled: those in flight, then those in the queue."""
+        yield from self._in_flight
+        yield from self._queue
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self._queue)
+
+    def send(self, request: Request) -> bool:
+        """Queue ``request``; ``False``: the protocol has ended, and ``request.error`` says why."""
+        if self.ended:
+            request.error = self.lost(may_have_run=False)
+            return False
+        self._queue.append(request)
+        return True
+
+    def data_to_send(self) -> bytes:
+        """Return the bytes of all that is queued and still wanted; from now on it may have run."""
+        queue = self._queue
+        self._queue = []
+        batch = [request for request in queue if not request.abandoned]
+        for request in batch:
+            request.written = True
+        self._in_flight.extend(batch)
+        return batch[0].data if len(batch) == 1 else b"".join([request.data for request in batch])
+
+    def receive(self, data: bytes) -> Iterator[Event]:
+        """Take what the server sent, and yield what came of it, each event as soon as it is parsed.
+
+        Deliver each event before asking for the next: after an ``end()`` in between nothing more is delivered.
+        """
+        gets = self._reader.gets
+        try:
+            for piece in self._pieces(data):
+                self._reader.feed(piece)
+                while not self.ended:
+                    try:
+                        reply = gets()
+                    except TypeError as error:  # a map with a list or a map as a key
+                        raise hiredis.ProtocolError(str(error)) from error
+                    if reply is _MORE:
+                        break
+                    is_push = reply.__class__ is PushNotification
+                    event = self._take_push(reply) if is_push else self._take_reply(reply)
+                    if event is not None:
+                        yield event
+        except _MisfitError as error:
+            yield from self.end(str(error), cause=error.__cause__)
+        except hiredis.HiredisError as error:
+            yield from self.end(f"what the server sent is no RESP3: {error}", cause=error)
+
+    def end(
+        self, why: str, *, cause: BaseException | None = None, kind: type[ConnectionLost] = ConnectionLost
+    ) -> list[Request]:
+        """End, if not ended: return the requests that waited, each with a ``ConnectionLost`` that says ``why``."""
+        if self.ended:
+            return []
+        self.ended = True
+        self._why = (kind, why, cause)
+        waiting = list(self.pending)
+        self._in_flight.clear()
+        self._queue.clear()
+        for request in waiting:
+            request.error = self.lost(may_have_run=request.written)
+        return waiting
+
+    def lost(self, *, may_have_run: bool) -> ConnectionLost:
+        """Return the error for a request after the end."""
+        kind, why, cause = self._why
+        error = kind(f"{self.server}: the connection ended: {why}", may_have_run=may_have_run)
+        error.__cause__ = cause
+        return error
+
+    # The inside
+
+    def _take_reply(self, reply: Any) -> Request | None:
+        """Return the request that ``reply`` answers; ``None``: it is late, and answers nothing."""
+        is_error = reply.__class__ is hiredis.ReplyError
+        request = self._in_flight[0] if self._in_flight else None
+        if request is None or (request.awaits is not None and not is_error):
+            raise hiredis.ProtocolError(f"a reply that nobody asked for: {reply!r:.100}")
+        if is_error:
+            if request.is_fence:
+                return None
+            request.error = to_error(str(reply), self.server)
+        elif request.parse is None:
+            request.reply = reply
+        else:
+            try:
+                request.reply = request.parse(reply)
+            except _WRONG_SHAPE as error:
+                raise _MisfitError(request.command[0], reply) from error
+        self._in_flight.popleft()
+        return request
+
+    def _take_push(self, push: list[Any]) -> Event | None:
+        """Return what came of a push: itself, the request that it answers, or nothing yet."""
+        word = push[0] if push else None
+        if word.__class__ is not bytes:
+            return push
+        if word == b"message" or word == b"smessage":  # noqa: PLR1714 - for each message
+            is_sound = len(push) == 3 and push[1].__class__ is bytes and push[2].__class__ is bytes  # noqa: PLR2004
+            if is_sound:
+                return push
+        elif word == b"pmessage":
+            is_sound = len(push) == 4 and all(part.__class__ is bytes for part in push)  # noqa: PLR2004
+        elif word in _WORDS:
+            is_sound = len(push) == 3 and isinstance(push[1], bytes | None) and push[2].__class__ is int  # noqa: PLR2004
+        else:
+            return push
+        if not is_sound:
+            raise _MisfitError("a push", push)
+        first = self._in_flight[0] if self._in_flight else None
+        if first is None or first.awaits != word or not _is_answer(first, push):
+            return push
+        first.confirmations -= 1
+        if first.confirmations > 0:
+            return None
+        self._in_flight.popleft()
+        first.reply = push
+        return first
+
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        """Yield ``data`` up to each header that may announce too much, and refuse those that do.
+
+        What was yielded is parsed when the next piece is asked for: then hiredis has bytes left only inside a string, where
+        the next bytes, whatever they look like, are not a header.
+        """
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        if data[-1:] != b"\n" and (cut := _CUT_HEADER.search(data, max(0, len(data) - 2 - _MOST_DIGITS))) is not None:
+            # How much it announces shows with the next bytes. No reply ends here, so nobody waits for what is held back.
+            self._held = cut[1]
+            data = data[: cut.start(1)]
+        start = 0
+        if (header := _HEADER.match(data)) is not None:
+            self._refuse_excess(header[1])
+        for header in _NEXT_HEADER.finditer(data):
+            yield data[start : header.start(1)]
+            start = header.start(1)
+            self._refuse_excess(header[2])
+        yield data[start:] if start else data
+
+    def _refuse_excess(self, digits: bytes) -> None:
+        if (len(digits) > _MOST_DIGITS or int(digits) > MOST_ELEMENTS) and not self._reader.has_data():
+            raise hiredis.ProtocolError(f"it announces more than {MOST_ELEMENTS} elements: {digits[:20].decode()}")
+
+
+class _MisfitError(Exception):
+    """A reply or a push that is RESP3, and not what it should be."""
+
+    def __init__(self, name: object, reply: object) -> None:
+        super().__init__(f"it does not answer as Redis would: {name} with {reply!r:.100}")
+
+
+def _is_answer(request: Request, push: list[Any]) -> bool:
+    """Whether ``push`` confirms what was asked for: a cluster says ``sunsubscribe`` by itself when a slot has moved."""
+    if push[0] != b"sunsubscribe" or push[1] is None:
+        return True
+    return push[1].decode("utf-8", "replace") in request.command[1:]

@@ -1,0 +1,172 @@
+"""One server: open a stream to it, log in, and agree on RESP3.
+
+Rules:
+- whatever is wrong with an address, a network or TLS is an ``OSError``; what the server refuses is an error of the ``redis``
+  package.
+- the whole handshake is one write, and its first refusal is the one that is told: it is the reason for the others.
+- a password is in no error; what a credential provider raises is named by its class only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import redis.exceptions
+from anyio import (
+    BrokenResourceError,
+    EndOfStream,
+    connect_tcp,
+    connect_unix,
+    create_task_group,
+    fail_after,
+    to_thread,
+)
+from anyio.abc import ByteStream, SocketStream
+from anyio.streams.tls import TLSStream
+
+from . import replies
+from .address import Address
+from .connection import Connection, reply_to
+from .protocol import Request
+
+__all__ = ["Server"]
+
+_LIBRARY: Final = "anyio_channels"
+
+
+class Server:
+    """One server at a known address."""
+
+    def __init__(self, address: Address) -> None:
+        """``address``: where it is, and how to log in."""
+        self.address: Address = address
+        self.timeout: float | None = address.timeout
+        self.connect_timeout: float | None = address.connect_timeout
+
+    @property
+    def name(self) -> str:
+        """The name used in error messages."""
+        return self.address.name
+
+    async def connect(self) -> ByteStream:
+        """Open a stream. Raises ``OSError`` (also for TLS) for what goes wrong; the caller sets a time-out."""
+        try:
+            if self.address.path is not None:
+                return await connect_unix(self.address.path)
+            stream = await self._connect_tcp()
+            return stream if self.address.tls is None else await self._start_tls(stream)
+        except OSError:
+            raise  # also a refused certificate, which is a ValueError too
+        except ValueError as error:
+            raise OSError(f"its name cannot be used: {error}") from error
+        except (EndOfStream, BrokenResourceError) as error:
+            raise OSError("the server ended the TLS handshake; is it a port for TLS?") from error
+
+    async def _connect_tcp(self) -> SocketStream:
+        try:
+            return await connect_tcp(self.address.host, self.address.port)
+        except OSError as error:
+            if error.__cause__ is None:
+                raise
+            # "All connection attempts failed" says less than what each of them said.
+            raise OSError(reasons(error.__cause__)) from error.__cause__
+
+    async def _start_tls(self, stream: SocketStream) -> TLSStream:
+        context = self.address.tls
+        try:
+            return await TLSStream.wrap(
+                stream, hostname=self.address.host, ssl_context=context, standard_compatible=False
+            )
+        except BaseException:
+            await stream.aclose()
+            raise
+
+    async def _credentials(self) -> tuple[str | None, str | None]:
+        provider = self.address.credential_provider
+        if provider is None:
+            return self.address.username, self.address.password
+        try:
+            # It may ask a service over the network, and knows nothing of our event loop.
+            found = await to_thread.run_sync(provider.get_credentials, abandon_on_cancel=True)
+        except Exception as error:
+            # Whatever it raises; and what it says may hold what it should not.
+            raise redis.exceptions.ConnectionError(
+                f"{self.name}: the credential provider failed with {type(error).__name__}"
+            ) from error
+        return (found[0], found[1]) if len(found) == 2 else (None, found[0])  # noqa: PLR2004 - or a password alone
+
+    async def _hello(self) -> list[str]:
+        """Return the command that logs in and agrees on RESP3."""
+        username, password = await self._credentials()
+        hello = ["HELLO", "3"]
+        if username or password:
+            hello += ["AUTH", username or "default", password or ""]
+        if self.address.client_name:
+            hello += ["SETNAME", self.address.client_name]
+        return hello
+
+    async def log_in(self, connection: Connection) -> None:
+        """Log in and agree on RESP3, and nothing else: all that a sentinel takes."""
+        await connection.execute(*await self._hello(), parse=replies.greeting)
+
+    async def shake_hands(self, connection: Connection) -> float:
+        """Log in, agree on RESP3, choose the database; return the server's time in seconds.
+
+        Raises the server's refusal as an error of the ``redis`` package; ``BusyLoadingError`` while it loads its data.
+        """
+        requests: list[Request] = [connection.submit(*await self._hello(), parse=replies.greeting)]
+        connection.submit("CLIENT", "SETINFO", "LIB-NAME", _LIBRARY)  # Redis 7.2; refusal does not matter
+        if self.address.db:
+            requests.append(connection.submit("SELECT", self.address.db))
+        requests.append(connection.submit("PING"))  # refused while loading, when TIME is not
+        requests.append(connection.submit("TIME", parse=replies.seconds))
+        with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
+            await reply_to(requests[-1])
+        for request in requests:
+            try:
+                request.result()
+            except redis.exceptions.ResponseError as error:
+                if "unknown command" in str(error):
+                    raise redis.exceptions.ConnectionError(
+                        f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
+                    ) from error
+                raise
+        greeting: replies.Greeting = requests[0].reply
+        connection.version = greeting.version
+        connection.is_primary = greeting.is_primary
+        time: float = requests[-1].reply
+        return time
+
+    async def ask(self, *command: str, parse: Callable[[Any], Any], timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
+        """Log in on a connection of its own, send ``command``, and return the reply.
+
+        Raises ``OSError``, for a time-out too, and errors of the ``redis`` package.
+        """
+        reply: Any = None
+        trouble: redis.exceptions.RedisError | None = None
+        with fail_after(timeout):
+            stream = await self.connect()
+            connection = Connection(stream, self.name, timeout=timeout)
+            async with create_task_group() as tasks:
+                tasks.start_soon(connection.run)
+                try:
+                    await self.log_in(connection)
+                    reply = await connection.execute(*command, parse=parse)
+                except redis.exceptions.RedisError as error:
+                    trouble = error
+                finally:
+                    tasks.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        return reply
+
+
+def reasons(cause: BaseException) -> str:
+    """Return why the addresses of a host cannot be connected to, each reason once and in the system's words."""
+    errors = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause,)
+    return "; ".join(
+        dict.fromkeys(os.strerror(one.errno) if isinstance(one, OSError) and one.errno else str(one) for one in errors)
+    )
