@@ -27,7 +27,7 @@ from .layers.base import (
     Overflow,
     require_seconds,
 )
-from .layers.inbox import Inbox
+from .contract.layer import Inbox
 from .portal import Portal
 
 __all__ = ["SyncChannelLayer", "SyncInbox"]

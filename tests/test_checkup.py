@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from anyio import CancelScope
+from anyio_channels.layers.redis.checkup import Finding, check_up
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import RedisCluster, RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis import checkup
-from anyio_channels.layers.redis.checkup import Finding, check_up
 from anyio_channels.redis.client import Link
 
 pytestmark = pytest.mark.anyio

@@ -21,18 +21,26 @@ from layers_on_redis import (
     QUEUE,
     Books,
     Kind,
+    arrives,
     both,
+    events,
     hears,
     hold_inbox,
     new_prefix,
     pass_on_both,
+    session,
+    subscriptions,
     until,
 )
+from ormsgpack import packb
 from redis.crc import key_slot
 from redis_server import RedisCluster, RedisServer, free_port
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
 from anyio_channels.redis.client.cluster import Cluster
+from anyio_channels.redis.duplicates import Marks
+from anyio_channels.redis.queue.channels import QueueChannel, State
+from anyio_channels.redis.wire import Names
 from anyio_channels.testing import Check, contract_machine
 
 
@@ -119,13 +127,13 @@ async def test_senders_who_wait(quiet: RedisCluster) -> None:
 
 
 def owned_by(layer: Any, key: str, node: RedisServer) -> bool:
-    return bool(layer._router.owner("", key).server.address.port == node.port)
+    return bool(layer.options.router.owner("", key).server.address.port == node.port)
 
 
 def owning(layer: Any, channel: str) -> int:
     """The port of the node that owns ``channel``."""
-    name = layer.channel_key(channel) if isinstance(layer, RedisChannelLayer) else channel
-    port: int = layer._router.owner("", name).server.address.port
+    name = Names(layer.prefix).channel(channel) if isinstance(layer, RedisChannelLayer) else channel
+    port: int = layer.options.router.owner("", name).server.address.port
     return port
 
 
@@ -153,7 +161,7 @@ async def test_failover_under_load(kind: Kind, cluster: RedisCluster) -> None:
             with fail_after(PATIENCE):
                 while (await tolerant.receive()) != {"n": 1}:
                     pass
-        assert len(layer._router.links) == 3
+        assert len(layer.options.router.links) == 3
         tg.cancel_scope.cancel()
     books.received.remove(10**9)
     books.balance()
@@ -195,8 +203,12 @@ async def test_slot_migrated_under_load(kind: Kind, cluster: RedisCluster) -> No
         tg.start_soon(books.send)
         tg.start_soon(books.receive)
         await books.go_on()
-        keys = [layer.group_key("room")]
-        keys += [inbox.channel] if kind is PUBSUB else [layer.channel_key(inbox.channel), layer.channel_key("work")]
+        keys = [Names(layer.prefix).group("room")]
+        keys += (
+            [inbox.channel]
+            if kind is PUBSUB
+            else [Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).channel("work")]
+        )
         for key in keys:
             slot = key_slot(key.encode())
             source = cluster.owner(slot)
@@ -224,7 +236,7 @@ def pause() -> None:
 async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
     """While a slot moves, keys that moved are found at its new node (ASK), those that did not at its old one."""
     async with make(QUEUE, cluster.hosts, capacity=2) as layer, make(QUEUE, cluster.hosts) as other:
-        slot = key_slot(layer.channel_key("work").encode())
+        slot = key_slot(Names(layer.prefix).channel("work").encode())
         source = cluster.owner(slot)
         target = next(node for node in cluster.nodes[:3] if node is not source)
         await layer.send("work", {"n": 0})
@@ -232,7 +244,7 @@ async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
         cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
         await layer.send("work", {"n": 1})  # the key is still at the source
         with source.client() as client:
-            client.execute_command("MIGRATE", target.host, target.port, layer.channel_key("work"), 0, 5000)
+            client.execute_command("MIGRATE", target.host, target.port, Names(layer.prefix).channel("work"), 0, 5000)
         with pytest.raises(ChannelFull):
             await layer.send("work", {"n": 2})  # asked for at the target
         with fail_after(PATIENCE):
@@ -244,7 +256,7 @@ async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
                 got.append(await layer.receive("work"))
 
             tg.start_soon(read)
-            await until(lambda: layer._notices.blocked)
+            await until(lambda: session(layer).notices.blocked)
             await layer.send("work", {"n": 3})
             for node in cluster.nodes[:3]:
                 cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(target, "MYID"))
@@ -264,9 +276,9 @@ async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: p
         tg.start_soon(books.receive)
         await books.go_on()
         added = await anyio.to_thread.run_sync(cluster.add_node)
-        key = inbox.channel if kind is PUBSUB else layer.channel_key(inbox.channel)
+        key = inbox.channel if kind is PUBSUB else Names(layer.prefix).channel(inbox.channel)
         await anyio.to_thread.run_sync(cluster.migrate, key_slot(key.encode()), added)
-        await until(lambda: layer._router.owner("", key).server.address.port == added.port)
+        await until(lambda: layer.options.router.owner("", key).server.address.port == added.port)
         await books.go_on()
         assert layer.statistics().connections == 4
         tg.cancel_scope.cancel()
@@ -277,10 +289,13 @@ async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: p
 @pytest.mark.anyio
 async def test_clusterdown(cluster: RedisCluster) -> None:
     """A slot that nobody serves for a while: senders and readers wait for it, within the time-out."""
-    async with make(QUEUE, cluster.hosts) as layer, make(QUEUE, cluster.hosts, timeout=0.3) as hasty:
-        slot = key_slot(layer.channel_key("work").encode())
+    prefix = new_prefix()
+    async with (
+        make(QUEUE, cluster.hosts, prefix=prefix) as layer,
+        make(QUEUE, cluster.hosts, prefix=prefix, timeout=0.3) as hasty,
+    ):
+        slot = key_slot(Names(layer.prefix).channel("work").encode())
         owner = cluster.owner(slot)
-        hasty.prefix = layer.prefix
         for node in cluster.nodes[:3]:
             cluster.ask(node, "DELSLOTS", slot)
         with pytest.raises(redis.exceptions.ClusterDownError, match="Hash slot not served"):
@@ -298,7 +313,7 @@ async def test_clusterdown(cluster: RedisCluster) -> None:
 
             tg.start_soon(read)
             tg.start_soon(layer.send, "work", {"n": 1})
-            await until(lambda: layer._notices.trouble)
+            await until(lambda: session(layer).notices.trouble)
             for node in cluster.nodes[:3]:
                 cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(owner, "MYID"))
             await until(lambda: got == [{"n": 1}])
@@ -418,10 +433,10 @@ def test_slots_of_what_belongs_together() -> None:
     for prefix in ("asgi", "{app}", "x{app}y"):
         layer = RedisChannelLayer(cluster=True, prefix=prefix)
         for name in ("work", "specific.abc!"):
-            key = layer.channel_key(name)
+            key = Names(layer.prefix).channel(name)
             assert (
-                key_slot(layer.note_key(key).encode())
-                == key_slot(layer.room_key(key).encode())
+                key_slot(Names(layer.prefix).sent(key).encode())
+                == key_slot(Names(layer.prefix).room(key).encode())
                 == key_slot(key.encode())
             )
     assert Cluster(None).name == "Redis Cluster at localhost:6379"
@@ -429,8 +444,8 @@ def test_slots_of_what_belongs_together() -> None:
 
 def other_owner(layer: Any, key: str) -> Any:
     """A link to a node that does not own ``key``."""
-    owner = layer._router.owner("", key)
-    return next(link for link in layer._router.links if link is not owner)
+    owner = layer.options.router.owner("", key)
+    return next(link for link in layer.options.router.links if link is not owner)
 
 
 @pytest.mark.anyio
@@ -438,7 +453,7 @@ def other_owner(layer: Any, key: str) -> Any:
 async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> None:
     """Whatever a process does first after a change that it did not hear of, it is sent on."""
     async with make(kind, quiet.hosts) as layer, make(kind, quiet.hosts, prefix=new_prefix()) as other:
-        topology = layer._router
+        topology = layer.options.router
         right = list(topology._owners)
         for number in range(3):
             topology._owners = [topology.links[number]] * len(right)
@@ -464,8 +479,8 @@ async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> Non
 async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) -> None:
     """The same bytes, published twice, are one message: nodes that take over from each other do that."""
     async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
-        payload = layer._codec.seal(layer._codec.encode({"n": 1}), layer._marks.next())
-        link = layer._router.owner("", inbox.channel)
+        payload = Marks().next() + packb({"n": 1})
+        link = layer.options.router.owner("", inbox.channel)
         for _ in range(2):
             assert await link.execute("SPUBLISH", inbox.channel, payload) == 1
         await layer.send(inbox.channel, {"n": 2})
@@ -480,34 +495,34 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
         name = inbox.channel
         wrong = other_owner(layer, name)
         # Restored at the wrong node.
-        layer.subscriptions.wanted[name].link = wrong
-        layer.subscriptions.wanted[name].confirmed = False
+        subscriptions(layer).wanted[name].link = wrong
+        subscriptions(layer).wanted[name].confirmed = False
         wrong.connection.end("the test said so")
-        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
         # Asked for at the wrong node.
-        layer.subscriptions.wanted[name].link = wrong
-        layer.subscriptions.wanted[name].confirmed = False
-        layer._router._moved_at.clear()
-        layer.subscriptions.ask(name)
-        layer.subscriptions.ask(name)
-        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        subscriptions(layer).wanted[name].link = wrong
+        subscriptions(layer).wanted[name].confirmed = False
+        layer.options.router._moved_at.clear()
+        subscriptions(layer).ask(name)
+        subscriptions(layer).ask(name)
+        await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
         # The server says that it ended one, also one that nobody wants any more; and one given up before it is confirmed.
-        layer._pushed([b"sunsubscribe", name.encode(), 0])
-        layer._pushed([b"sunsubscribe", b"unknown", 0])
+        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", name.encode(), 0])
+        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", b"unknown", 0])
         assert not hears(layer, name)
         await until(lambda: hears(layer, name))
-        layer.subscriptions.want("given up")
-        layer.subscriptions.ask("given up")
-        layer.subscriptions.unwant("given up")
+        subscriptions(layer).want("given up")
+        subscriptions(layer).ask("given up")
+        subscriptions(layer).unwant("given up")
         # Two nodes that send one back and forth do so with pauses.
         moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.server.address.port}")
-        owner = layer._router.owner("", name)
-        layer._router._moved_at.clear()
-        layer._router.follow(moved)
-        assert layer._router.owner("", name) is wrong
-        layer._router._assign({key_slot(name.encode()): owner})
-        layer._router.follow(moved)
-        assert layer._router.owner("", name) is owner
+        owner = layer.options.router.owner("", name)
+        layer.options.router._moved_at.clear()
+        layer.options.router.follow(moved)
+        assert layer.options.router.owner("", name) is wrong
+        layer.options.router._assign({key_slot(name.encode()): owner})
+        layer.options.router.follow(moved)
+        assert layer.options.router.owner("", name) is owner
         await layer.send(name, {"n": 1})
         await until(lambda: hears(layer, name))
         await layer.send(name, {"n": 2})
@@ -521,7 +536,7 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
 async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisCluster) -> None:
     """A caller that waits for a node's connection is sent on when that node is not used any more."""
     async with make(kind, quiet.hosts) as layer, create_task_group() as tg:
-        topology = layer._router
+        topology = layer.options.router
         right = list(topology._owners)
         topology._owners = [topology.link_to("127.0.0.1", free_port())] * len(right)
         inboxes: list[Any] = []
@@ -551,14 +566,15 @@ async def test_what_is_heard_while_a_message_is_fetched(quiet: RedisCluster) -> 
             got.append(await layer.receive("work"))
 
         tg.start_soon(read)
-        await until(lambda: layer._notices.blocked)
-        source = layer._here.channels["work"]
-        layer._notices.heard(source.key)
-        assert source.fetching
-        layer._notices.heard(source.key)
-        await until(lambda: layer._notices.blocked)
-        layer._notices.heard("unknown")
-        layer._notices.heard(next(iter(layer._notices.own), source.key))
+        await until(lambda: session(layer).notices.blocked)
+        source = session(layer).here.channels["work"]
+        assert isinstance(source, QueueChannel)
+        session(layer).notices.heard(source.key)
+        assert source.state is State.FETCHING
+        session(layer).notices.heard(source.key)
+        await until(lambda: session(layer).notices.blocked)
+        session(layer).notices.heard("unknown")
+        session(layer).notices.heard(next(iter(session(layer).notices.own), source.key))
         await layer.send("work", {"n": 1})
         await until(lambda: got == [{"n": 1}])
 
@@ -584,19 +600,19 @@ async def test_a_migration_that_does_not_go_on(cluster: RedisCluster) -> None:
         make(QUEUE, cluster.hosts, prefix=layer.prefix, timeout=0.4) as hasty,
         layer.subscribe("room") as inbox,
     ):
-        for key in (layer.channel_key(inbox.channel), layer.group_key("room")):
+        for key in (Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).group("room")):
             slot = key_slot(key.encode())
             source = cluster.owner(slot)
             target = next(node for node in cluster.nodes[:3] if node is not source)
             cluster.ask(target, "SETSLOT", slot, "IMPORTING", cluster.ask(source, "MYID"))
             cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
         with source.client() as client:
-            client.execute_command("MIGRATE", target.host, target.port, layer.group_key("room"), 0, 5000)
+            client.execute_command("MIGRATE", target.host, target.port, Names(layer.prefix).group("room"), 0, 5000)
         await layer.send(inbox.channel, {"n": 1})
         with fail_after(PATIENCE):
             assert await inbox.receive() == {"n": 1}
         await inbox.leave("room")
-        layer.leave_soon([("room", inbox.channel)])
+        session(layer).memberships.leave_soon([("room", inbox.channel)])
         assert await layer.group_channels("room") == set()
         cluster.ask(target, "SETSLOT", slot, "STABLE")  # it sends back who is sent to it
         with pytest.raises(redis.exceptions.AskError):
@@ -620,11 +636,11 @@ async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
     async with make(QUEUE, cluster.hosts) as layer:
         await until(is_reset)
         for _ in range(3):
-            _, table = await layer._router._ask()
+            _, table = await layer.options.router._ask()
             assert table
-        for link in layer._router.links:
+        for link in layer.options.router.links:
             link.connection.end("the test said so")
-        host, table = await layer._router._ask()
+        host, table = await layer.options.router._ask()
         assert host == "127.0.0.1"
         assert table
 
@@ -639,8 +655,8 @@ async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
             got.append(await layer.receive("work"))
 
         tg.start_soon(read)
-        await until(lambda: layer._notices.blocked)
-        key = layer.channel_key(inbox.channel)
+        await until(lambda: session(layer).notices.blocked)
+        key = Names(layer.prefix).channel(inbox.channel)
         (node,) = [one for one in quiet.nodes if one.port == owning(layer, inbox.channel)]
         with node.client() as client:
             client.set(key, "something else")
@@ -664,7 +680,7 @@ async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
 async def tell(layer: Any, key: str) -> None:
     """Say that something was sent, when a reader waits."""
     await anyio.wait_all_tasks_blocked()
-    layer._notices.heard(key)
+    session(layer).notices.heard(key)
 
 
 @pytest.mark.anyio
@@ -686,10 +702,10 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
     async with make(PUBSUB, cluster.hosts, timeout=0.3) as layer, create_task_group() as tg:
         tg.start_soon(layer.receive, "work")
         await until(lambda: hears(layer, "work"))
-        layer._pushed([b"invalidate", None])
-        subscription = layer.subscriptions.wanted["work"]
+        events(layer).on_push(layer.options.router.links[0], [b"invalidate", None])
+        subscription = subscriptions(layer).wanted["work"]
         subscription.confirmed = False
-        layer.subscriptions.ask("work")
+        subscriptions(layer).ask("work")
         subscription.link.connection.end("the test said so")
         await until(lambda: hears(layer, "work"))
         slot = key_slot(b"nobody")
@@ -705,24 +721,18 @@ async def test_giving_back_to_a_node_that_is_just_found(quiet: RedisCluster) -> 
     """A message that cannot be given back yet is kept for a reader here, and given back later."""
     async with make(QUEUE, quiet.hosts) as layer:
         await layer.send("work", {"n": 1})
-        key = layer.channel_key("work")
+        key = Names(layer.prefix).channel("work")
         slot = key_slot(key.encode())
-        owner = layer._router.owner("", key)
-        with anyio.CancelScope() as scope:
-            source = layer._channel("work")
-            scope.cancel()
-            await layer.receive("work")
-        layer.pop_soon(key, 1, lambda request: layer._popped(source, request.reply))
-        await until(lambda: source.entries)
-        layer._router._assign({slot: layer._router.link_to("127.0.0.1", free_port())})
-        layer.look_after(source)
-        new = layer._router.owner("", key)
-        layer._give_back(new, source, [])
-        with layer._room:
-            items = source.withdraw()
-        layer._give_back(new, source, items)
+        owner = layer.options.router.owner("", key)
+        entry, score = await owner.execute("ZPOPMIN", key)
+        layer.options.router._assign({slot: layer.options.router.link_to("127.0.0.1", free_port())})
+        source = session(layer).here.find("work")
+        arrives(layer, source, entry, score)
+        await anyio.wait_all_tasks_blocked()
+        assert isinstance(source, QueueChannel)
+        session(layer).give_back(source, session(layer).delivery.withdraw(source))
         assert source.entries
-        layer._router._assign({slot: owner})
+        layer.options.router._assign({slot: owner})
         await until(lambda: not source.entries)
         with fail_after(PATIENCE):
             assert await layer.receive("work") == {"n": 1}

@@ -16,12 +16,13 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
 from cryptography.fernet import Fernet
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix, popper
+from layers_on_redis import PUBSUB, QUEUE, Kind, arrives, both, events, new_prefix, popper, session, subscriptions
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis import queue
-from anyio_channels.layers.redis.layer import RedisLayer
+from anyio_channels.redis.queue import room
+from anyio_channels.redis.servers import OnRedis
+from anyio_channels.redis.wire import Names
 
 pytestmark = pytest.mark.anyio
 
@@ -42,9 +43,9 @@ async def until(condition: Callable[[], object]) -> None:
             await anyio.sleep(0.002)
 
 
-async def until_answered(layer: RedisLayer) -> None:
+async def until_answered(layer: OnRedis) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connection = layer._router.links[0].connection
+    connection = layer.options.router.links[0].connection
     assert connection is not None
     with fail_after(PATIENCE):
         await anyio.wait_all_tasks_blocked()
@@ -60,7 +61,7 @@ def make(kind: Kind, url: str, **options: Any) -> Any:
 class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
-    def __init__(self, sender: RedisLayer, inbox: Any) -> None:
+    def __init__(self, sender: OnRedis, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
@@ -153,20 +154,20 @@ async def test_a_reader_goes_on_by_itself(kind: Kind, server: RedisServer, caplo
         await until(
             lambda: (
                 layer.statistics().waiting_receivers == 2
-                and layer.statistics().connections == len(layer._router.running)
+                and layer.statistics().connections == len(layer.options.router.running)
             )
         )
         with caplog.at_level(logging.INFO, "anyio_channels"):
             await to_thread.run_sync(server.kill)
             await until(lambda: layer.statistics().connections == 0)
             await to_thread.run_sync(server.start)
-            await until(lambda: layer.statistics().connections == len(layer._router.running))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
         await layer.group_send("room", {"n": 1})
         await until(lambda: got == [{"n": 1}])
-        assert layer.statistics().reconnects == len(layer._router.running)
+        assert layer.statistics().reconnects == len(layer.options.router.running)
         lines = [record.getMessage() for record in caplog.records]
-        assert sum("trying again" in line for line in lines) == len(layer._router.running)
-        assert sum("connected again" in line for line in lines) == len(layer._router.running)
+        assert sum("trying again" in line for line in lines) == len(layer.options.router.running)
+        assert sum("connected again" in line for line in lines) == len(layer.options.router.running)
         tg.cancel_scope.cancel()
 
 
@@ -196,7 +197,9 @@ async def test_an_inbox_is_told_of_the_outage(kind: Kind, on_gap: Any, server: R
         await until(lambda: layer.statistics().buffered_messages == 1)
         await to_thread.run_sync(server.restart)
         await until(
-            lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._router.running)
+            lambda: (
+                layer.statistics().reconnects and layer.statistics().connections == len(layer.options.router.running)
+            )
         )
         await layer.group_send("room", {"n": 2})
         assert await inbox.receive() == {"n": 1}
@@ -310,7 +313,7 @@ async def test_a_replica_refuses(kind: Kind, server: RedisServer, tmp_path: Path
                     got.append(await layer.receive("a"))
 
                 tg.start_soon(read)
-                await until(lambda: popper(layer).trouble is not None)
+                await until(lambda: popper(layer).refused)
                 client.execute_command("REPLICAOF", "NO", "ONE")
                 await layer.send("a", {"n": 1})
                 await until(lambda: got)
@@ -454,7 +457,7 @@ async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
             tg.start_soon(read)
             tg.start_soon(read)
         assert len(refused) == 2
-        assert not layer.subscriptions.wanted
+        assert not subscriptions(layer).wanted
         channel = await layer.new_channel("good")
         with pytest.raises(redis.exceptions.NoPermissionError):
             await layer.group_add("room", channel)
@@ -523,14 +526,14 @@ async def test_half_open(kind: Kind, server: RedisServer) -> None:
             make(kind, proxy.url, keep_alive=0.2, timeout=0.2, connect_timeout=0.5) as layer,
             layer.subscribe("room") as inbox,
         ):
-            await until(lambda: layer.statistics().connections == len(layer._router.running))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             proxy.swallow()
             await until(lambda: layer.statistics().connections == 0)
             proxy.stop_swallowing()
-            await until(lambda: layer.statistics().connections == len(layer._router.running))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             with server.client() as client:
                 if kind is QUEUE:
-                    await until(lambda: client.zcard(layer.group_key("room")) == 1)
+                    await until(lambda: client.zcard(Names(layer.prefix).group("room")) == 1)
             async with make(kind, server.url, prefix=layer.prefix) as other:
                 await other.group_send("room", {"n": 1})
             with fail_after(PATIENCE):
@@ -573,9 +576,9 @@ async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
             for number in range(1000):
                 tg.start_soon(read, number)
             await until(lambda: layer.statistics().waiting_receivers == 1000)
-            await until(lambda: layer.statistics().connections == len(layer._router.running))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             assert len(client.client_list()) - 1 <= 3
-            await layer._execute(layer._router.links[0], "PING")
+            await layer.options.router.links[0].execute("PING")
             if isinstance(layer, RedisChannelLayer):
                 await popper(layer).until_ended()
                 await until(lambda: len(popper(layer).blocked) == 500 and not popper(layer).waking)
@@ -625,7 +628,7 @@ async def test_damaged_entries_in_queues(server: RedisServer, caplog: pytest.Log
 
         tg.start_soon(read, inbox.receive)
         tg.start_soon(read, lambda: layer.receive("normal"))
-        keys = [layer.channel_key(inbox.channel), layer.channel_key("normal")]
+        keys = [Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).channel("normal")]
         names = [
             b"",
             {"__asgi_channel__": 5},
@@ -640,7 +643,7 @@ async def test_damaged_entries_in_queues(server: RedisServer, caplog: pytest.Log
                     client.zadd(key, {entry or b"0": now + number / 1000})
             for number, foreign in enumerate(names):
                 client.zadd(keys[0], {payload(foreign, b"%12d" % number): now + number / 1000})
-            client.zadd(layer.group_key("room"), {b"\xff bad name": now})
+            client.zadd(Names(layer.prefix).group("room"), {b"\xff bad name": now})
         await until(lambda: layer.statistics().dropped_unreadable == 2 * len(DAMAGED) + len(names))
         await layer.group_send("room", {"n": 1})
         await layer.send("normal", {"n": 2})
@@ -658,7 +661,7 @@ async def test_damaged_messages_in_pubsub(server: RedisServer, caplog: pytest.Lo
         with server.client() as client:
             for entry in (b"", b"\xc1", payload([1], b""), payload({"a": 1}, b"") + b"junk"):
                 client.publish(inbox.channel, entry)
-                client.publish(layer.group_key("room"), entry)
+                client.publish(Names(layer.prefix).group_topic("room"), entry)
             client.publish(inbox.channel, payload({"__asgi_exclude__": 5, "n": 0}, b""))
         await layer.group_send("room", {"n": 1})
         with fail_after(PATIENCE):
@@ -686,7 +689,7 @@ async def test_tokens_that_cannot_be_read(kind: Kind, server: RedisServer) -> No
         with server.client() as client:
             for number, token in enumerate(tokens):
                 if kind is QUEUE:
-                    client.zadd(layer.channel_key(inbox.channel), {b"%12d" % number + token: time.time()})
+                    client.zadd(Names(layer.prefix).channel(inbox.channel), {b"%12d" % number + token: time.time()})
                 else:
                     client.publish(inbox.channel, token)
         await layer.send(inbox.channel, {"n": 1})
@@ -711,7 +714,7 @@ async def test_a_key_of_another_type(server: RedisServer) -> None:
         tg.start_soon(read, "bad")
         await until(lambda: len(popper(layer).blocked) == 2 and popper(layer).popping)
         with server.client() as client:
-            client.set(layer.channel_key("bad"), "text")
+            client.set(Names(layer.prefix).channel("bad"), "text")
         with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
             await layer.send("bad", {})
         with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"), fail_after(PATIENCE):
@@ -735,7 +738,7 @@ async def away(proxy: Proxy, layer: Any) -> AsyncGenerator[None]:
     await until(lambda: layer.statistics().connections == 0)
     yield
     proxy.refuse(False)
-    await until(lambda: layer.statistics().connections == len(layer._router.running))
+    await until(lambda: layer.statistics().connections == len(layer.options.router.running))
 
 
 @both
@@ -754,7 +757,7 @@ async def test_receiving_begun_while_away(kind: Kind, server: RedisServer) -> No
                 for call in (lambda: layer.send("a", {}), lambda: layer.group_send("room", {}), layer.flush):
                     with pytest.raises(redis.exceptions.ConnectionError, match="cannot be reached.*was not sent"):
                         await call()
-            await until(lambda: kind is QUEUE or layer.subscriptions.wanted["new"].confirmed)
+            await until(lambda: kind is QUEUE or subscriptions(layer).wanted["new"].confirmed)
             await layer.send("new", {"n": 1})
             await until(lambda: got == [{"n": 1}])
 
@@ -779,29 +782,28 @@ async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
                         await layer.subscribe().__aenter__()
             assert layer.statistics().groups == 1
             proxy.refuse(False)
-            await until(lambda: layer.statistics().connections == len(layer._router.running))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             assert await layer.group_channels("room") == await layer.group_channels("other") == set()
             assert await layer.group_channels("stays") == {stays.channel}
             if kind is PUBSUB:
                 with server.client() as client:
                     assert set(client.pubsub_channels("*")) == {
-                        name.encode() for name in (stays.channel, layer.group_key("stays"))
+                        name.encode() for name in (stays.channel, Names(layer.prefix).group_topic("stays"))
                     }
 
 
 async def test_held_while_away(server: RedisServer) -> None:
     """What was popped for a reader who is gone waits here while Redis is away: for a reader here, or to be given back."""
     async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url, timeout=0.2) as layer:
-        source = layer._channel("a")
+        source = session(layer).here.find("a")
         async with away(proxy, layer):
             for number in range(3):
                 entry = payload({"n": number}, b"%12d" % number)
-                layer.put_normal(source, entry, str(time.time() + number / 1000), layer._router.links[0].server_time)
-            layer.look_after(source)
+                arrives(layer, source, entry, time.time() + number / 1000)
             await anyio.wait_all_tasks_blocked()
             assert await layer.receive("a") == {"n": 0}
         with server.client() as client:
-            await until(lambda: client.zcard(layer.channel_key("a")) == 2)
+            await until(lambda: client.zcard(Names(layer.prefix).channel("a")) == 2)
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
         assert layer.statistics().received == 3
 
@@ -809,11 +811,10 @@ async def test_held_while_away(server: RedisServer) -> None:
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A message that Redis does not take back is counted as discarded, and logged."""
     async with make(QUEUE, server.url) as layer:
-        source = layer._channel("a")
+        source = session(layer).here.find("a")
         with server.client() as client:
-            client.set(layer.channel_key("a"), "text")
-        layer.put_normal(source, payload({"n": 1}), str(time.time()), layer._router.links[0].server_time)
-        layer.look_after(source)
+            client.set(Names(layer.prefix).channel("a"), "text")
+        arrives(layer, source, payload({"n": 1}), time.time())
         await until(lambda: layer.statistics().discarded == 1)
         assert "could not be given back" in caplog.text
 
@@ -889,7 +890,7 @@ async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeyp
 
     It has no command on its way when the connection ends: of one that may have run it is told.
     """
-    monkeypatch.setattr(queue, "_RECHECK", 60.0)
+    monkeypatch.setattr(room, "_RECHECK", 60.0)
     layer = make(QUEUE, server.url, capacity=1)
     async with layer, create_task_group() as tg:
         await layer.send("a", {"n": 0})
@@ -931,13 +932,15 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
         async with layer.subscribe("room"):
             proxy.swallow()
             tg.start_soon(read, "cut")
-            await until(lambda: "cut" in layer.subscriptions.wanted)
+            await until(lambda: "cut" in subscriptions(layer).wanted)
             await anyio.wait_all_tasks_blocked()
             proxy.stop_swallowing()
             proxy.cut_all()
-            await until(lambda: layer.subscriptions.wanted["cut"].confirmed)
+            await until(lambda: subscriptions(layer).wanted["cut"].confirmed)
             server.pause()
-            tg.start_soon(layer.subscriptions.restore, layer._router.links[0], layer._router.links[0].connection)
+            tg.start_soon(
+                subscriptions(layer).restore, layer.options.router.links[0], layer.options.router.links[0].connection
+            )
             tg.start_soon(read, "dropped")
             await until(lambda: "dropped" in layer._here.channels)
             layer._here.forget(layer._here.channels["dropped"])
@@ -954,7 +957,7 @@ async def test_other_pushes_mean_nothing(kind: Kind, server: RedisServer) -> Non
     """Pushes of a kind that the layers did not ask for are passed over."""
     async with make(kind, server.url) as layer, layer.subscribe("room") as inbox:
         for push in ([], [b"invalidate", [b"key"]], [b"message", b"nobody", b"text"]):
-            layer._pushed(push)
+            events(layer).on_push(layer.options.router.links[0], push)
         await layer.group_send("room", {"n": 1})
         assert await inbox.receive() == {"n": 1}
 
@@ -964,13 +967,17 @@ async def test_a_bug_of_ours_is_told(kind: Kind, server: RedisServer) -> None:
     """An error in a task of the layer ends its block as an exception group; nothing goes on half dead."""
     layer = make(kind, server.url)
 
-    async def broken() -> None:
+    def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    layer._do_chores = broken
     with pytest.raises(ExceptionGroup) as caught, fail_after(PATIENCE):
-        async with layer:
-            layer.note_chore()
+        async with layer, layer.subscribe("room"):
+            layer.deliver = broken
+            with server.client() as client:
+                for name in subscriptions(layer).wanted:
+                    client.publish(name, "")
+                if kind is QUEUE:
+                    session(layer).later.soon(broken)
             await anyio.sleep_forever()
     assert caught.value.split(ZeroDivisionError)[1] is None
 
@@ -1002,7 +1009,7 @@ async def test_a_credential_provider(kind: Kind, server: RedisServer) -> None:
 async def test_a_forbidden_subscription_does_not_keep_the_others_away(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After an outage all that Redis permits is subscribed to again, and what it does not is logged."""
+    """After an outage all that Redis permits is subscribed to again; what it does not is logged, and its new readers told."""
     with server.client() as client:
         client.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["*"], channels=["good*"], categories=["+@all"])
     async with (
@@ -1011,11 +1018,20 @@ async def test_a_forbidden_subscription_does_not_keep_the_others_away(
         create_task_group() as tg,
     ):
         channel = await layer.new_channel("good")
+        refused: list[Exception] = []
+
+        async def read() -> None:
+            try:
+                await layer.receive("bad")
+            except redis.exceptions.NoPermissionError as error:
+                refused.append(error)
+
         async with away(proxy, layer):
-            tg.start_soon(layer.receive, "bad")
-            await until(lambda: "bad" in layer.subscriptions.wanted)
+            tg.start_soon(read)
+            await until(lambda: "bad" in subscriptions(layer).wanted)
         await layer.send(channel, {"n": 1})
         with fail_after(PATIENCE):
             assert await layer.receive(channel) == {"n": 1}
         assert "wait in vain for 'bad'" in caplog.text
+        await until(lambda: refused)
         tg.cancel_scope.cancel()

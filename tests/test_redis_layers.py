@@ -15,7 +15,8 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
+from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper, session
+from ormsgpack import packb
 from redis_server import RedisServer
 
 import anyio_channels
@@ -27,7 +28,7 @@ from anyio_channels import (
     create_redis_channel_layer,
 )
 from anyio_channels.contract.layer import Life
-from anyio_channels.layers.redis.layer import RedisLayer
+from anyio_channels.redis.wire import Names
 
 PATIENCE = 20.0
 asynchronous = pytest.mark.anyio
@@ -156,7 +157,7 @@ async def test_closing_gives_back(redis_server: RedisServer) -> None:
     async with other:
         async with layer, create_task_group() as tg:
             # Popped for a reader who is cancelled at the same moment: it is here, and nobody's.
-            source = layer._channel("a")
+            source = session(layer).here.find("a")
             scope = anyio.CancelScope()
 
             async def read() -> None:
@@ -164,7 +165,7 @@ async def test_closing_gives_back(redis_server: RedisServer) -> None:
                     await layer.receive("a")
 
             tg.start_soon(read)
-            await until(lambda: source.blocked and popper(layer).popping)
+            await until(lambda: popper(layer).blocked and popper(layer).popping)
             await other.send("a", {"n": 1})
             await other.send("a", {"n": 2})
             await until(lambda: source.entries or scope.cancelled_caught or not layer.statistics().waiting_receivers)
@@ -232,11 +233,11 @@ async def test_order_by_the_servers_clock(redis_server: RedisServer) -> None:
     async with layer:
         with redis_server.client() as client:
             entry = b"x" * 12 + b"\x81\xa1n\x00"
-            client.zadd(layer.channel_key("a"), {entry: time.time() + 0.5})
+            client.zadd(Names(layer.prefix).channel("a"), {entry: time.time() + 0.5})
             for number in range(1, 5):
                 await layer.send("a", {"n": number})
             assert [(await layer.receive("a"))["n"] for _ in range(5)] == [0, 1, 2, 3, 4]
-            client.zadd(layer.channel_key("a"), {entry: time.time() + 500})
+            client.zadd(Names(layer.prefix).channel("a"), {entry: time.time() + 500})
             await layer.send("a", {"n": 1})
             assert [(await layer.receive("a"))["n"] for _ in range(2)] == [1, 0]
 
@@ -292,16 +293,16 @@ async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> Non
         async with create_task_group() as tg:
             tg.start_soon(lambda: one.send("a", {"n": 1}, wait=True))
             with redis_server.client() as client:
-                await until(lambda: client.exists(one.room_key(one.channel_key("a"))))
+                await until(lambda: client.exists(Names(prefix).room(Names(prefix).channel("a"))))
             assert await two.receive("a") == {"n": 0}
         async with create_task_group() as tg:
             tg.start_soon(lambda: one.send("a", {"n": 2}, wait=True))
             await anyio.wait_all_tasks_blocked()
             with redis_server.client() as client:
-                await until(lambda: client.exists(one.room_key(one.channel_key("a"))))
-                client.zpopmin(one.channel_key("a"))  # as channels_redis does: nobody is told
+                await until(lambda: client.exists(Names(prefix).room(Names(prefix).channel("a"))))
+                client.zpopmin(Names(prefix).channel("a"))  # as channels_redis does: nobody is told
         assert await two.receive("a") == {"n": 2}
-        assert not one._rooms
+        assert not session(one).senders.queues
 
 
 @asynchronous
@@ -321,10 +322,10 @@ async def test_waiting_for_room_through_an_outage(tmp_path: Any) -> None:
                         failed.append(error)
 
                 tg.start_soon(send)
-                await until(lambda: layer._rooms)
+                await until(lambda: session(layer).senders.queues)
                 await to_thread.run_sync(server.kill)
                 await until(lambda: failed)
-            assert not layer._rooms
+            assert not session(layer).senders.queues
 
 
 # Expiry, in Redis and here
@@ -342,10 +343,8 @@ async def test_expired_on_the_way(redis_server: RedisServer) -> None:
             assert await layer.receive("a") == {"n": 2}
             await until(lambda: popper(layer).popping)
             # What the blocking pop hands out may be old too.
-            entry = layer._codec.seal(
-                layer._codec.address(layer._codec.encode({"n": 3}), "__asgi_channel__", inbox.channel)
-            )
-            client.zadd(layer.channel_key(inbox.channel), {entry: time.time() - 11})
+            entry = b"%12d" % 0 + packb({"n": 3, "__asgi_channel__": inbox.channel})
+            client.zadd(Names(layer.prefix).channel(inbox.channel), {entry: time.time() - 11})
             await layer.send(inbox.channel, {"n": 4})
             assert await inbox.receive() == {"n": 4}
             assert layer.statistics().expired == 2
@@ -381,7 +380,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
 async def test_pushes_that_are_not_ours_are_passed_over(kind: Kind, redis_server: RedisServer) -> None:
     """What Redis may push beside messages harms nothing: here, that a key changed."""
     async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
-        (link,) = layer._router.links
+        (link,) = layer.options.router.links
         key = f"{layer.prefix}tracked"
         await link.execute("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", key)
         await link.execute("SET", key, "changed")
@@ -613,12 +612,3 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = anyio_channels.RedisChannelLayer
     with pytest.raises(ImportError, match=r"a redis:// channel layer needs an extra"):
         create_channel_layer("redis://h")
-
-
-def test_what_both_layers_share_is_not_a_layer() -> None:
-    """The common base is abstract in what makes a layer."""
-    assert (
-        {"_restore", "_tick", "_wind_up"} <= set(RedisLayer.__abstractmethods__)
-        if hasattr(RedisLayer, "__abstractmethods__")
-        else True
-    )

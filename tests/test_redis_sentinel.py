@@ -56,8 +56,8 @@ async def test_mixed_with_a_plain_host(kind: Kind, quiet: Sentinels, redis_serve
                 await layer.group_send(f"group{number}", {"n": 2})
                 with fail_after(PATIENCE):
                     assert {(await inbox.receive())["n"], (await inbox.receive())["n"]} == {1, 2}
-            owners.add(layer._router.owner(f"name{number}", ""))
-        assert owners == set(layer._router.links)
+            owners.add(layer.options.router.owner(f"name{number}", ""))
+        assert owners == set(layer.options.router.links)
 
 
 @pytest.mark.anyio
@@ -96,10 +96,10 @@ async def test_failover_of_a_primary_that_stands_still(kind: Kind, sentinels: Se
         assert await inbox.receive() == {"n": 0}
         old.pause()
         try:
-            await until(lambda: all(link.connects > 1 and link.connection for link in layer._router.links))
+            await until(lambda: all(link.connects > 1 and link.connection for link in layer.options.router.links))
             with fail_after(PATIENCE):
                 if kind is QUEUE:
-                    await until(lambda: layer.statistics().connections == len(layer._router.running))
+                    await until(lambda: layer.statistics().connections == len(layer.options.router.running))
                 await layer.group_send("room", {"n": 1})
                 assert await inbox.receive() == {"n": 1}
             assert new.is_primary()
@@ -119,7 +119,7 @@ async def test_planned_failover(kind: Kind, sentinels: Sentinels) -> None:
         tg.start_soon(books.receive)
         await until(lambda: len(books.received) > 20)
         await to_thread.run_sync(sentinels.fail_over)
-        await until(lambda: f":{old.port}" not in layer._router.links[0].name.partition("(")[0])
+        await until(lambda: f":{old.port}" not in layer.options.router.links[0].name.partition("(")[0])
         count = len(books.received)
         await until(lambda: len(books.received) > count + 20)
         tg.cancel_scope.cancel()
@@ -149,7 +149,7 @@ async def test_the_sentinel_that_is_listened_to_dies(sentinels: Sentinels) -> No
     """Another one is listened to instead, and a failover then is followed."""
     layer = make(QUEUE, sentinels.host)
     async with layer:
-        (watch,) = [link for link in layer._router.running if link not in layer._router.links]
+        (watch,) = [link for link in layer.options.router.running if link not in layer.options.router.links]
         await until(lambda: watch.connection is not None)
         port = int(watch.name.rpartition(":")[2])
         (heard,) = [one for one in sentinels.sentinels if one.port == port]
@@ -183,11 +183,11 @@ async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
         return replica.host, replica.port
 
     layer = make(QUEUE, quiet.host, connect_timeout=0.3)
-    layer._router.servers[0]._ask = lag
+    layer.options.router.servers[0]._ask = lag
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{replica.port} .*is no primary at the moment"):
         await layer.open()
     # Whom it doubts it asks for again, and takes an answer that differs.
-    doubting = layer._router.servers[0]
+    doubting = layer.options.router.servers[0]
     del doubting._ask
     assert doubting._doubted == (replica.host, replica.port)
     async with layer:
@@ -209,7 +209,7 @@ async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
 async def test_what_is_said_to_those_who_listen(quiet: Sentinels) -> None:
     """Only what is said of our primary counts, and only if it can be understood; the connection is kept alive."""
     async with make(QUEUE, quiet.host, keep_alive=0.05) as layer:
-        (watch,) = [link for link in layer._router.running if link not in layer._router.links]
+        (watch,) = [link for link in layer.options.router.running if link not in layer.options.router.links]
         await until(lambda: watch.connection is not None)
         for said in (b"other 127.0.0.1 1 127.0.0.1 2", b"mymaster 127.0.0.1", b"mymaster a b c d", b""):
             watch._events.on_push(watch, [b"message", b"+switch-master", said])

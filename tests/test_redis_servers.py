@@ -19,11 +19,12 @@ from hypothesis.stateful import run_state_machine_as_test
 from layers_on_redis import (
     CASES,
     PATIENCE,
-    PUBSUB,
     QUEUE,
     Kind,
     both,
     hold_inbox,
+    link_to_channel,
+    link_to_group,
     new_prefix,
     pass_on_both,
     until,
@@ -63,7 +64,7 @@ def names_on(layer: Any, server: RedisServer, count: int, start: str = "name") -
 
 
 def owner_of(layer: Any, name: str) -> Any:
-    return layer._router.owner(name, name)
+    return layer.options.router.owner(name, name)
 
 
 @pytest.mark.anyio
@@ -133,7 +134,7 @@ async def test_one_server_down(kind: Kind, own_pair: list[RedisServer]) -> None:
             tg.start_soon(read, channel)
             await reachable(layer, channel, got)
         down.kill()
-        await until(lambda: layer.statistics().connections < len(layer._router.running))
+        await until(lambda: layer.statistics().connections < len(layer.options.router.running))
         got.clear()
         await layer.send(here, {"to": here})
         await until(lambda: got == [here])
@@ -179,7 +180,7 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
     async with layer, create_task_group() as tg:
         inboxes = [await tg.start(partial(hold_inbox, layer, prefix=start, on_gap="raise")) for start in "abcdefgh"]
         gone = own_pair[1]
-        touched = [layer._link_of(inbox.channel).server.address.port == gone.port for inbox in inboxes]
+        touched = [link_to_channel(layer, inbox.channel).server.address.port == gone.port for inbox in inboxes]
         if False in touched:  # by chance, all may live there
             joined = touched.index(False)
             await inboxes[joined].join(group_on(layer, gone))
@@ -188,7 +189,9 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
             client.client_kill_filter(skipme=True, _type="normal")
             client.client_kill_filter(skipme=True, _type="pubsub")
         await until(
-            lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._router.running)
+            lambda: (
+                layer.statistics().reconnects and layer.statistics().connections == len(layer.options.router.running)
+            )
         )
         for inbox, is_touched in zip(inboxes, touched, strict=True):
             if is_touched:
@@ -204,11 +207,7 @@ def group_on(layer: Any, server: RedisServer) -> str:
     """A group that ``server`` owns."""
     for number in itertools.count():
         name = f"group{number}"
-        link = (
-            layer._link_of(layer.group_key(name))
-            if layer.__class__ is PUBSUB.layer_class
-            else layer._link_of_group(name)
-        )
+        link = link_to_group(layer, name)
         if link.server.address.port == server.port:
             return name
     raise AssertionError

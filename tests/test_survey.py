@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import redis.exceptions
 from anyio import create_task_group
+from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey
 from layers_on_redis import Kind, both, grow_older, hold_inbox, new_prefix
 from redis_server import RedisServer, new_directory
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis.keys import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
-from anyio_channels.layers.redis.layer import RedisLayer
-from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey
+from anyio_channels.redis.servers import OnRedis
+from anyio_channels.redis.wire import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 
 pytestmark = pytest.mark.anyio
 
 
-async def look_at(layer: RedisLayer) -> Look:
+async def look_at(layer: OnRedis) -> Look:
     async with Survey(layer) as survey:
         await survey.require()
         return await survey.look()

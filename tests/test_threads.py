@@ -198,8 +198,8 @@ def test_a_receiver_whose_trio_run_ended_swallows_nothing() -> None:
     reader = layer._find("a")
 
     async def join() -> None:
-        from anyio_channels.wakeup import thread
         from anyio_channels.local.waiting import Waiter
+        from anyio_channels.wakeup import thread
 
         waiter = Waiter(reader, thread.state.new_bell()[0], token)
         reader._take_or_join(waiter, in_front=False)

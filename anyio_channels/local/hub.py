@@ -208,13 +208,7 @@ class Hub(BaseChannelLayer):
         if self._transport is not None:
             self.require_valid_channel_name(channel)
             body = self._encode(message)
-            self._home.require_open()
-            try:
-                await self._transport.publish(channel, body)
-            except self._transport.outage as error:
-                self._raise_if_closed(error)
-                raise
-            self._published += 1
+            await self._publish(self._transport, channel, body)
         elif wait:
             await self._put_when_room(channel, self._encode(message))
         else:
@@ -266,10 +260,13 @@ class Hub(BaseChannelLayer):
             return
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
+        await self._publish(self._transport, group_topic(group), body)
+
+    async def _publish(self, transport: Transport, topic: str, body: bytes) -> None:
         self._home.require_open()
         try:
-            await self._transport.publish(group_topic(group), body)
-        except self._transport.outage as error:
+            await transport.publish(topic, body)
+        except transport.outage as error:
             self._raise_if_closed(error)
             raise
         self._published += 1
@@ -493,7 +490,11 @@ class Hub(BaseChannelLayer):
         self._require_open()
         self._here.clear()
         if self._transport is not None:
-            await self._transport.catch_up()
+            try:
+                await self._transport.catch_up()
+            except self._transport.outage as error:
+                self._raise_if_closed(error)
+                raise
             self._here.clear()
             self._unsubscribe()
 

@@ -27,7 +27,7 @@ from anyio_channels.local.hub import Hub, Transport, group_topic
 
 from .client import Connection, Host, Link, LinkEvents, Subscriptions, at_each
 from .duplicates import MARK_LENGTH, LastHeard, Marks
-from .servers import RedisLayerStatistics, RedisOptions, every, log_keep_alive
+from .servers import OnRedis, RedisLayerStatistics, RedisOptions, every, log_keep_alive
 from .wire import Names, PayloadCodec
 
 __all__ = ["RedisPubSubChannelLayer"]
@@ -55,7 +55,7 @@ class PubSub(Transport, LinkEvents):
         self._reset()
 
     def _reset(self) -> None:
-        self._subscriptions = Subscriptions(self._router, self._refused)
+        self.subscriptions = Subscriptions(self._router, self._refused)
         self._topics: dict[str, list[str]] = {}  # by the Redis channel; a channel may be called as a group's is
         self._marks = Marks()
         self._heard = LastHeard()
@@ -91,8 +91,8 @@ class PubSub(Transport, LinkEvents):
         topics = self._topics.setdefault(name, [])
         if topic not in topics:
             topics.append(topic)
-        if not self._subscriptions.want(name).confirmed:
-            await self._subscriptions.confirm(name)
+        if not self.subscriptions.want(name).confirmed:
+            await self.subscriptions.confirm(name)
 
     def unsubscribe(self, topic: str) -> None:
         """Unsubscribe, if no other topic goes through the same Redis channel."""
@@ -102,7 +102,7 @@ class PubSub(Transport, LinkEvents):
             topics.remove(topic)
         if not topics:
             self._topics.pop(name, None)
-            self._subscriptions.unwant(name)
+            self.subscriptions.unwant(name)
 
     async def catch_up(self) -> None:
         """Wait until what was published before has come: it is in front of the answer, on the same connection."""
@@ -112,14 +112,14 @@ class PubSub(Transport, LinkEvents):
 
     async def restore(self, link: Link, connection: Connection) -> None:
         """Subscribe to what is wanted, on a new connection."""
-        await self._subscriptions.restore(link, connection)
+        await self.subscriptions.restore(link, connection)
 
     def on_up(self, link: Link) -> None:
         """Tell what may have been missed; what is wanted was restored before."""
         if link.connects > 1:
             self._hub.missing(lambda topic: self._owner(topic) is link)
             self._tell_all(self._on_reconnect)
-        self._subscriptions.restored(link)
+        self.subscriptions.restored(link)
 
     def _owner(self, topic: str) -> Link:
         name = self._name(topic)
@@ -127,7 +127,7 @@ class PubSub(Transport, LinkEvents):
 
     def on_down(self, link: Link) -> None:
         """Nothing is confirmed any more."""
-        self._subscriptions.lost(link)
+        self.subscriptions.lost(link)
         self._tell_all(self._on_disconnect)
 
     def _tell_all(self, message_type: str | None) -> None:
@@ -138,7 +138,7 @@ class PubSub(Transport, LinkEvents):
         """Follow slots to their new owners."""
         if moved:
             self._hub.missing(lambda topic: key_slot(self._name(topic).encode()) in moved)
-        self._subscriptions.move()
+        self.subscriptions.move()
 
     def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - it says itself what it is
         """Deliver a message."""
@@ -156,14 +156,14 @@ class PubSub(Transport, LinkEvents):
             for topic in tuple(topics):
                 self._hub.deliver(topic, body, name)
         elif kind == b"sunsubscribe":
-            self._subscriptions.dropped(push[1].decode("utf-8", "replace"))
+            self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
 
     def _refused(self, name: str, error: Exception) -> None:
         for topic in self._topics.get(name, ()):
             self._hub.unheard(topic, error, name)
 
 
-class RedisPubSubChannelLayer(Hub):
+class RedisPubSubChannelLayer(OnRedis, Hub):
     """A channel layer on Redis' pub/sub, for any number of processes; channels_redis' bytes.
 
     To be opened by ``async with layer:`` and used in the event loop that opened it. It holds one connection to each server.
@@ -206,7 +206,7 @@ class RedisPubSubChannelLayer(Hub):
                 raise TypeError(f"{option} must be the type of a message (str), not {value!r}")
         self.on_disconnect: str | None = on_disconnect
         self.on_reconnect: str | None = on_reconnect
-        self.options = options = RedisOptions(
+        options = RedisOptions(
             hosts=hosts,
             prefix=prefix,
             symmetric_encryption_keys=symmetric_encryption_keys,
@@ -216,6 +216,7 @@ class RedisPubSubChannelLayer(Hub):
             keep_alive=keep_alive,
             cluster=cluster,
         )
+        self._use(options)
         codec = PayloadCodec(
             max_message_size,
             default,
@@ -234,15 +235,6 @@ class RedisPubSubChannelLayer(Hub):
             clock=clock,
             codec=codec,
         )
-
-    def __repr__(self) -> str:
-        """Show the servers and options that tell one layer from another; no password is among them."""
-        return f"<{type(self).__name__} {self.options!r} expiry={self.expiry} capacity={self.capacity}>"
-
-    @property
-    def server(self) -> tuple[str, int | None] | None:
-        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
-        return self.options.server
 
     def statistics(self) -> RedisLayerStatistics:
         """Return a snapshot of this process: ``sent`` counts its calls of ``send`` and ``group_send``."""

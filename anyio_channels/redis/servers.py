@@ -21,7 +21,7 @@ from anyio_channels.log import KEEP_ALIVE_FAILED, said
 
 from .client import Host, Link, LinkEvents, Request, Router, Server, Timeouts, make_router
 
-__all__ = ["RedisLayerStatistics", "RedisOptions"]
+__all__ = ["OnRedis", "RedisLayerStatistics", "RedisOptions", "every", "log_keep_alive"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,6 @@ class RedisOptions:
             raise TypeError(f"cluster must be True or False, not {self.cluster!r}")
         object.__setattr__(self, "router", make_router(self.hosts, cluster=self.cluster))
 
-    def __repr__(self) -> str:
-        """Show what tells one layer from another. No password is in it."""
-        return f"{self.router.name} prefix={self.prefix!r}"
-
-    @property
-    def server(self) -> tuple[str, int | None] | None:
-        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
-        server = self.router.servers[0]
-        if self.cluster or len(self.router.servers) > 1 or not isinstance(server, Server):
-            return None
-        address = server.address
-        return (address.host, address.port) if address.path is None else (address.path, None)
-
     def figures(self) -> dict[str, int]:
         """Return what ``RedisLayerStatistics`` adds to the figures of every layer."""
         links = self.router.running
@@ -112,6 +99,43 @@ class RedisOptions:
                 task_status.started()
         if failure is not None:
             raise failure
+
+
+class OnRedis:
+    """What both layers on Redis let their users see."""
+
+    options: RedisOptions
+    prefix: str
+    timeout: float
+    connect_timeout: float
+    keep_alive: float
+    cluster: bool
+    expiry: float
+    capacity: int
+
+    def _use(self, options: RedisOptions) -> None:
+        self.options = options
+        self.prefix = options.prefix
+        self.timeout = options.timeout
+        self.connect_timeout = options.connect_timeout
+        self.keep_alive = options.keep_alive
+        self.cluster = options.cluster
+
+    def __repr__(self) -> str:
+        """Show the servers and options that tell one layer from another; no password is among them."""
+        return (
+            f"<{type(self).__name__} {self.options.router.name} prefix={self.prefix!r} expiry={self.expiry} "
+            f"capacity={self.capacity}>"
+        )
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
+        server = self.options.router.servers[0]
+        if self.cluster or len(self.options.router.servers) > 1 or not isinstance(server, Server):
+            return None
+        address = server.address
+        return (address.host, address.port) if address.path is None else (address.path, None)
 
 
 async def every(seconds: float, act: Callable[[], object]) -> None:

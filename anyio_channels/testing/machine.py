@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from anyio_channels.exceptions import ChannelFull
 from anyio_channels.layers.base import BaseChannelLayer, Message
-from anyio_channels.layers.inbox import Inbox
+from anyio_channels.contract.layer import Inbox
 
 from .checks import Clock, ContractViolation, Features, LayerFactory, Subject, listen, require, settle, until
 

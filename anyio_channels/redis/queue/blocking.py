@@ -68,10 +68,10 @@ class BlockingPop(Source, LinkEvents):
         self._start = start
         self._on_gap = on_gap
         self._count_expired = count_expired
-        self._popping = False
-        self._waking = False
-        self._refused = False
-        self._pops_many = False
+        self.popping = False
+        self.waking = False
+        self.refused = False
+        self.pops_many = False
         self._popped_many = False
         self._to_drain: set[str] = set()
         self._ended: Event | None = None
@@ -83,7 +83,7 @@ class BlockingPop(Source, LinkEvents):
     async def restore(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - there is one
         """Ask who we are, and what the server can do."""
         self._client_id = await connection.execute("CLIENT", "ID", parse=replies.whole)
-        self._pops_many = connection.version >= POPS_MANY
+        self.pops_many = connection.version >= POPS_MANY
 
     def on_up(self, link: Link) -> None:
         """Pop again."""
@@ -93,8 +93,8 @@ class BlockingPop(Source, LinkEvents):
 
     def commands_up(self) -> None:
         """The connection for commands is up."""
-        self._waking = False
-        if self._popping:
+        self.waking = False
+        if self.popping:
             self._wake()
 
     # What is waited for
@@ -115,10 +115,10 @@ class BlockingPop(Source, LinkEvents):
 
     def _wake(self) -> None:
         """Have the blocking pop begin anew, for other keys."""
-        if not self._popping:
+        if not self.popping:
             self._pop()
-        elif not self._waking and (connection := self._commands.connection) is not None:
-            self._waking = True
+        elif not self.waking and (connection := self._commands.connection) is not None:
+            self.waking = True
             connection.submit("ZADD", self._wake_key, 0, "", done=partial(self._woken, connection))
             connection.submit("PEXPIRE", self._wake_key, int(self._keep_alive * 2000))
 
@@ -127,11 +127,11 @@ class BlockingPop(Source, LinkEvents):
             # Out of memory, most likely: nothing can be written. Some users may not call this one, so it comes second.
             connection.submit("CLIENT", "UNBLOCK", self._client_id)
         elif request.error is not None:
-            self._waking = False
+            self.waking = False
 
     async def until_ended(self) -> None:
         """Wait for the end of the pop that is under way."""
-        if self._popping:
+        if self.popping:
             self._ended = ended = self._ended or Event()
             self._wake()
             await ended.wait()
@@ -144,7 +144,7 @@ class BlockingPop(Source, LinkEvents):
 
     def _pop(self) -> None:
         """Send the next blocking pop, and in front of it what drains the keys of this process."""
-        if self._popping or self._refused or self._receiving.is_closing:
+        if self.popping or self.refused or self._receiving.is_closing:
             return
         for channel in tuple(self.blocked.values()):
             if not channel.demand:
@@ -156,7 +156,7 @@ class BlockingPop(Source, LinkEvents):
         connection = self.link.connection
         if connection is None:
             return  # it begins when the connection is up
-        self._waking = False
+        self.waking = False
         self._rounds += 1
         patience = self._keep_alive + self.link.timeout
         if self.blocked:
@@ -171,10 +171,10 @@ class BlockingPop(Source, LinkEvents):
         # Redis serves the first key that has something: each should come first at times.
         turn = self._rounds % len(keys)
         keys = [self._wake_key, *keys[turn:], *keys[:turn]]
-        self._popping = True
+        self.popping = True
         command: tuple[Argument, ...] = ("BZPOPMIN", *keys, self._keep_alive)
         parse: Callable[[Any], Any] = replies.popped_one
-        if self._pops_many and not self.blocked:
+        if self.pops_many and not self.blocked:
             # Only keys of this process: it may have all at once.
             command = ("BZMPOP", self._keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
             parse = replies.popped_many
@@ -182,7 +182,7 @@ class BlockingPop(Source, LinkEvents):
         connection.submit(*command, parse=parse, done=self._answered, timeout=patience)
 
     def _answered(self, request: Request) -> None:
-        self._popping = False
+        self.popping = False
         if self._ended is not None:
             self._ended.set()
             self._ended = None
@@ -190,7 +190,7 @@ class BlockingPop(Source, LinkEvents):
         if isinstance(error, ConnectionLost):
             return  # it goes on when the connection is up
         if error is not None:
-            self._refused = True
+            self.refused = True
             self._receiving.source_refused(self, error)
             if not isinstance(error, OUTAGE):
                 self._receiving.fail_blocked(self, error)
@@ -216,5 +216,5 @@ class BlockingPop(Source, LinkEvents):
 
     def try_again(self) -> None:
         """Pop again, after a refusal."""
-        self._refused = False
+        self.refused = False
         self._pop()

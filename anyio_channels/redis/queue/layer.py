@@ -28,7 +28,7 @@ from anyio_channels.local.directory import Channel
 from anyio_channels.local.home import Home
 from anyio_channels.log import GROUP_SEND_DROPPED, Troubles
 from anyio_channels.redis.client import ConnectionLost, Host, Link, Script, at_each
-from anyio_channels.redis.servers import RedisLayerStatistics, RedisOptions
+from anyio_channels.redis.servers import OnRedis, RedisLayerStatistics, RedisOptions
 from anyio_channels.redis.wire import PayloadCodec
 from anyio_channels.wakeup import thread
 
@@ -40,7 +40,7 @@ __all__ = ["RedisChannelLayer"]
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
 
 
-class RedisChannelLayer(BaseChannelLayer):
+class RedisChannelLayer(OnRedis, BaseChannelLayer):
     """A channel layer whose messages wait in Redis, for any number of processes; channels_redis' bytes.
 
     To be opened by ``async with layer:`` and used in the event loop that opened it. It holds at most two connections to each
@@ -88,7 +88,7 @@ class RedisChannelLayer(BaseChannelLayer):
             )
         super().__init__(expiry, capacity, channel_capacity, max_message_size=max_message_size, default=default)
         self.group_expiry: float = require_seconds("group_expiry", group_expiry)
-        self.options: RedisOptions = RedisOptions(
+        options = RedisOptions(
             hosts=hosts,
             prefix=prefix,
             symmetric_encryption_keys=symmetric_encryption_keys,
@@ -98,6 +98,7 @@ class RedisChannelLayer(BaseChannelLayer):
             keep_alive=keep_alive,
             cluster=cluster,
         )
+        self._use(options)
         self._codec = PayloadCodec(
             self.max_message_size,
             self.default,
@@ -108,7 +109,7 @@ class RedisChannelLayer(BaseChannelLayer):
         )
         self._clock = require_clock(clock)
         self._troubles = Troubles(clock, self.expiry, self)
-        self._router = self.options.router
+        self._router = options.router
         self._home = Home(self)
         self._begin_anew()
 
@@ -128,15 +129,6 @@ class RedisChannelLayer(BaseChannelLayer):
         self._names = self._session.names
         self._sent = 0
         self._missed = 0
-
-    def __repr__(self) -> str:
-        """Show the servers and options that tell one layer from another; no password is among them."""
-        return f"<{type(self).__name__} {self.options!r} expiry={self.expiry} capacity={self.capacity}>"
-
-    @property
-    def server(self) -> tuple[str, int | None] | None:
-        """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
-        return self.options.server
 
     # Opening and closing
 
@@ -242,7 +234,7 @@ class RedisChannelLayer(BaseChannelLayer):
         body = self._codec.encode(message)
         await self._check_in()
         self._home.require_open()
-        self._here.sweep()
+        self._sweep()
         members: dict[str, list[str]] = {}  # by the key, which those of one process share
         for name in await self._members(group):
             if name not in excluded:
@@ -404,8 +396,14 @@ class RedisChannelLayer(BaseChannelLayer):
         self.require_valid_group_name(group)
         await self._check_in()
         self._home.require_open()
-        self._here.sweep()
+        self._sweep()
         return set(await self._members(group))
+
+    def _sweep(self) -> None:
+        """Drop what has expired in this process; whoever leaves a group for it has left before Redis is asked."""
+        self._here.sweep()
+        self._session.memberships.leave_now()
+        self._troubles.look()
 
     async def _members(self, group: str) -> list[str]:
         names: list[str] = []

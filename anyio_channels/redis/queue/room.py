@@ -42,7 +42,7 @@ class WaitingSenders:
         """``names``: of the markers."""
         self._router = router
         self._names = names
-        self._queues: dict[str, _Queue] = {}  # by the key of the channel
+        self.queues: dict[str, _Queue] = {}  # by the key of the channel
         self._subscribe = "SSUBSCRIBE" if router.clustered else "SUBSCRIBE"
         self._unsubscribe = "SUNSUBSCRIBE" if router.clustered else "UNSUBSCRIBE"
 
@@ -55,7 +55,7 @@ class WaitingSenders:
         ``attempt`` returns -1 when it has sent, else the milliseconds until the oldest message of the channel expires.
         If cancelled while it waits, nothing was sent.
         """
-        queue = self._queues.setdefault(key, _Queue(self._owner(key)))
+        queue = self.queues.setdefault(key, _Queue(self._owner(key)))
         marker = self._names.room(key)
         queue.users += 1
         try:
@@ -77,21 +77,21 @@ class WaitingSenders:
         finally:
             queue.users -= 1
             if not queue.users:
-                del self._queues[key]
+                del self.queues[key]
                 queue.link.submit(self._unsubscribe, marker)
 
     def heard(self, key: str) -> None:
         """Room was made in the channel with ``key``."""
-        if (queue := self._queues.get(key)) is not None:
+        if (queue := self.queues.get(key)) is not None:
             queue.bell.set()
 
     def look_again(self) -> None:
         """Have all look for room: a connection is new, or the layer is being closed."""
-        for queue in self._queues.values():
+        for queue in self.queues.values():
             queue.bell.set()
 
     def restore(self, link: Link, connection: Connection) -> None:
         """Listen again on a new connection. Whoever is told too late looks again every second."""
-        for key, queue in self._queues.items():
+        for key, queue in self.queues.items():
             if queue.link is link:
                 connection.submit(self._subscribe, self._names.room(key))

@@ -80,13 +80,13 @@ class Session(LinkEvents):
         self._group_expiry = group_expiry
         self._least_capacity = least_capacity
         self._troubles = troubles
-        self._receiving = Receiving(self, self.delivery, troubles)
-        self.here.receiving = self._receiving
-        self._subscriptions = Subscriptions(options.router, self._log_forbidden, self._confirmed)
-        self._notices = Notices(
-            self._receiving, self._subscriptions, self.names, self._pop, self._count_expired, self.delivery.fail_own
+        self.receiving = Receiving(self, self.delivery, troubles)
+        self.here.receiving = self.receiving
+        self.subscriptions = Subscriptions(options.router, self._log_forbidden, self._confirmed)
+        self.notices = Notices(
+            self.receiving, self.subscriptions, self.names, self._pop, self._count_expired, self.delivery.fail_own
         )
-        self._sources: dict[Link, Source] = {}
+        self.sources: dict[Link, Source] = {}
         self._fetches: Counter[Link] = Counter()
 
     # The life of an open layer
@@ -128,7 +128,7 @@ class Session(LinkEvents):
 
     def begin_closing(self) -> None:
         """End all waits of readers and senders; what was popped for them is given back by ``wind_up``."""
-        self._receiving.close()
+        self.receiving.close()
         self.memberships.close()
         self.here.close()
         self.senders.look_again()
@@ -142,23 +142,23 @@ class Session(LinkEvents):
     async def _take_leave(self, link: Link) -> None:
         if link.connection is None:
             return
-        source = self._sources[link]
+        source = self.sources[link]
         try:
             if isinstance(source, BlockingPop):
                 await source.until_ended()
             while self._fetches[link]:
                 await link.execute("PING")
             await link.ready()
-            late, self._receiving.late = self._receiving.late, []
+            late, self.receiving.late = self.receiving.late, []
             for channel, popped in late:
                 if self.link_of(channel.key) is link:
                     self.give_back(channel, [popped])
                 else:
-                    self._receiving.late.append((channel, popped))
+                    self.receiving.late.append((channel, popped))
             if isinstance(source, BlockingPop):
                 await source.forget_keys()
             else:
-                for key in self._notices.own:
+                for key in self.notices.own:
                     link.submit("UNLINK", key)
                 await link.execute("PING")
         except redis.exceptions.RedisError as error:
@@ -168,13 +168,13 @@ class Session(LinkEvents):
 
     def on_new(self, link: Link) -> None:
         """Use a server."""
-        self._sources[link] = self._notices if self._router.clustered else self._make_pop(link)
+        self.sources[link] = self.notices if self._router.clustered else self._make_pop(link)
 
     def _make_pop(self, link: Link) -> BlockingPop:
         return BlockingPop(
             link,
             partial(self._router.second_link, link),
-            self._receiving,
+            self.receiving,
             names=self.names,
             client=self.client,
             expiry=self._expiry,
@@ -188,7 +188,7 @@ class Session(LinkEvents):
     async def restore(self, link: Link, connection: Connection) -> None:
         """Make a new connection what the last one was."""
         self.senders.restore(link, connection)
-        await self._subscriptions.restore(link, connection)
+        await self.subscriptions.restore(link, connection)
 
     def on_up(self, link: Link) -> None:
         """A connection for commands is up: say what this process holds, and what it owes."""
@@ -199,15 +199,15 @@ class Session(LinkEvents):
             link.call_soon(TICK, [key], self._mark_life, done=self.memberships.log_refusal)
         self.memberships.up(link)
         self.senders.look_again()
-        source = self._sources[link]
+        source = self.sources[link]
         if isinstance(source, BlockingPop):
             source.commands_up()
-        self._subscriptions.restored(link)
-        self._receiving.unpark()
+        self.subscriptions.restored(link)
+        self.receiving.unpark()
 
     def on_down(self, link: Link) -> None:
         """A connection for commands was lost."""
-        self._subscriptions.lost(link)
+        self.subscriptions.lost(link)
 
     def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - it says itself what it is
         """Somebody made room, or in a cluster, sent something."""
@@ -219,20 +219,20 @@ class Session(LinkEvents):
             else:
                 self._confirmed(name)
         elif kind == b"sunsubscribe":
-            self._subscriptions.dropped(push[1].decode("utf-8", "replace"))
+            self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
 
     def on_moved(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - what moves takes its messages along
         """Slots of a cluster have other owners."""
         if lost:
             self.here.mark_outage(lambda channel: any(key_slot(key.encode()) in lost for key in self._keys_of(channel)))
-        self._subscriptions.move()
+        self.subscriptions.move()
         self.memberships.servers_changed()
-        self._receiving.unpark()
+        self.receiving.unpark()
 
     def _confirmed(self, name: str) -> None:
         """Redis confirmed that this process listens to a note, or sent one: what was sent before is fetched."""
         if (key := self.names.key_of_sent(name)) is not None:
-            self._notices.heard(key)
+            self.notices.heard(key)
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
         self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
@@ -257,7 +257,7 @@ class Session(LinkEvents):
 
     def source_of(self, channel: QueueChannel) -> Source:
         """Return the source that waits for ``channel``."""
-        return self._sources[self.link_of(channel.key)]
+        return self.sources[self.link_of(channel.key)]
 
     def fetch(self, channel: QueueChannel, count: int) -> None:
         """Pop so many messages, and tell those who wait for room."""
@@ -269,9 +269,9 @@ class Session(LinkEvents):
         self._fetches[link] -= 1
         if request.error is None:
             self.expired_elsewhere += request.reply.expired
-            self._receiving.fetched(channel, request.reply.entries, request.reply.now)
+            self.receiving.fetched(channel, request.reply.entries, request.reply.now)
         else:
-            self._receiving.refused(channel, request.error)
+            self.receiving.refused(channel, request.error)
 
     def _pop(self, key: str, count: int, done: Callable[[Request], object]) -> None:
         link = self.link_of(key)
@@ -287,7 +287,7 @@ class Session(LinkEvents):
         parts = [part for item in items for part in (item.score, item.entry)]
 
         def done(request: Request) -> None:
-            self._receiving.gave_back(channel, items, link.server_time, request.error)
+            self.receiving.gave_back(channel, items, link.server_time, request.error)
 
         # Whole: were it refused because Redis does not know it, the next pop would overtake it.
         link.submit("EVAL", GIVE_BACK.text, 1, channel.key, self._expiry, *parts, done=done)
@@ -311,7 +311,7 @@ class Session(LinkEvents):
     def own(self, name: str) -> None:
         """See that what is sent to the process of ``name``, a process-specific channel, comes here."""
         key = self.names.channel(name)
-        source = self._sources[self.link_of(key)]
+        source = self.sources[self.link_of(key)]
         if key not in source.own:
             source.own[key] = self.names.routed_by(key)
             source.wait_for_own(key)
@@ -319,7 +319,7 @@ class Session(LinkEvents):
     def owns(self, name: str) -> bool:
         """Whether what is sent to the process of ``name`` comes here."""
         key = self.names.channel(name)
-        return "!" in name and key in self._sources[self.link_of(key)].own
+        return "!" in name and key in self.sources[self.link_of(key)].own
 
     async def flush_server(self, link: Link) -> None:
         """Remove what one server holds under the prefix, and wait for what was popped before."""
@@ -335,7 +335,7 @@ class Session(LinkEvents):
             link.submit("UNLINK", key)
         await link.execute("PING")
         with move_on_after(self._options.timeout):
-            await self._sources[link].until_ended()
+            await self.sources[link].until_ended()
 
 
 def _time_alone(reply: Any) -> tuple[bool, float]:

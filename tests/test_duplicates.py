@@ -16,14 +16,14 @@ from layers_on_redis import PATIENCE, new_prefix, until
 from redis_server import Proxy, RedisServer, new_directory
 
 from anyio_channels import RedisChannelLayer
-from anyio_channels.layers.redis import twice
-from anyio_channels.layers.redis.twice import MARK_LENGTH, Heard, Marks, Taken
+from anyio_channels.redis import duplicates
+from anyio_channels.redis.duplicates import MARK_LENGTH, LastHeard, Marks, RecentPops
 
 
 @given(st.lists(st.integers(0, 300)), st.integers(0, 2**32 - 1))
 def test_what_does_not_come_after_the_last_is_dropped(order: list[int], start: int) -> None:
     """In whatever order they come, and whatever number the sender began with."""
-    heard = Heard()
+    heard = LastHeard()
     highest = -1
     for number in order:
         payload = b"sender__" + ((start + number) % 2**32).to_bytes(4, "big") + b"body"
@@ -33,7 +33,7 @@ def test_what_does_not_come_after_the_last_is_dropped(order: list[int], start: i
 
 def test_senders_and_channels_are_told_apart() -> None:
     """Another sender, and another channel, have numbers of their own."""
-    one, other, heard = Marks(), Marks(), Heard()
+    one, other, heard = Marks(), Marks(), LastHeard()
     first = one.next()
     assert len(first) == MARK_LENGTH
     assert [heard.is_new("a", mark) for mark in (first, first, one.next(), other.next())] == [True, False, True, True]
@@ -42,10 +42,10 @@ def test_senders_and_channels_are_told_apart() -> None:
 
 def test_which_senders_are_remembered_is_bounded() -> None:
     """Of many senders the one heard least lately is forgotten."""
-    heard = Heard()
-    marks = [Marks().next() for _ in range(twice._MOST + 1)]
+    heard = LastHeard()
+    marks = [Marks().next() for _ in range(duplicates._MOST_HEARD + 1)]
     assert all(heard.is_new("a", mark) for mark in marks)
-    assert len(heard._last) == twice._MOST
+    assert len(heard._last) == duplicates._MOST_HEARD
     assert [heard.is_new("a", mark) for mark in (marks[-1], marks[0])] == [False, True]
     assert next(itertools.islice(heard._last, 1))[1] == marks[2][:8]
 
@@ -54,7 +54,7 @@ def test_which_senders_are_remembered_is_bounded() -> None:
 def test_what_was_taken_is_not_taken_again(order: list[int]) -> None:
     """Unless it was given back; key, score and beginning tell messages apart."""
     messages = [("a", b"entry", 1.0), ("b", b"entry", 1.0), ("a", b"other", 1.0), ("a", b"entry", 2.0)]
-    taken, seen = Taken(), set[int]()
+    taken, seen = RecentPops(), set[int]()
     for number in order:
         assert taken.is_new(*messages[number]) is (number not in seen)
         seen.add(number)
@@ -65,10 +65,10 @@ def test_what_was_taken_is_not_taken_again(order: list[int]) -> None:
 
 def test_what_was_taken_is_remembered_for_a_while() -> None:
     """Of very many messages the last are known, and those before them are forgotten."""
-    taken = Taken()
-    most = twice._GENERATION * 3
+    taken = RecentPops()
+    most = duplicates._GENERATION * 3
     assert all(taken.is_new("a", b"entry", float(number)) for number in range(most))
-    last = range(most - twice._GENERATION, most)
+    last = range(most - duplicates._GENERATION, most)
     assert not any(taken.is_new("a", b"entry", float(number)) for number in last)
     assert taken.is_new("a", b"entry", 0.0)
     for number in last:  # from either generation
