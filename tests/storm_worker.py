@@ -20,7 +20,7 @@ from typing import Any
 
 import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
-from anyio_channels.layers.redis.layer import RedisLayer
+from anyio_channels.redis.servers import OnRedis
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 
@@ -59,7 +59,7 @@ class Plan:
     seed: int
     messages: int
 
-    def make_layer(self) -> RedisLayer:
+    def make_layer(self) -> OnRedis:
         options: dict[str, Any] = {"prefix": self.prefix, "expiry": 600, "timeout": 20}
         if self.kind == "queue":
             return RedisChannelLayer([self.url], capacity=CAPACITY, **options)
@@ -243,7 +243,7 @@ class Worker:
     async def have_guests(self) -> None:
         """Open a layer, read there, and close it while its readers wait, again and again."""
 
-        async def read(layer: RedisLayer) -> None:
+        async def read(layer: OnRedis) -> None:
             with suppress(ClosedResourceError):
                 while True:
                     channel = self.random.choice(SHARED)

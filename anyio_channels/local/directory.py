@@ -282,17 +282,6 @@ class Directory:
 
     # All of it
 
-    def arrive(self, channel: Channel, entry: tuple[float, Any], now: float, rung: list[Waiter]) -> bool:
-        """Put what came from elsewhere into ``channel``; ``False`` means that it was full, and the item was dropped."""
-        if entry[0] <= now:
-            self.mailroom.books.sent += 1
-            self.mailroom.books.expired += 1
-            return True
-        if channel.put(entry, now, rung):
-            return True
-        channel.miss(rung)
-        return False
-
     def mark_outage(self, is_touched: Callable[[Channel], bool]) -> None:
         """Mark a gap of unknown size in the inboxes that ask for gaps and are touched. Takes the lock itself."""
         rung: list[Waiter] = []

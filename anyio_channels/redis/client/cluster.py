@@ -59,11 +59,11 @@ class ClusterLink(Link):
         super().__init__(server, timeouts, events)
         self._cluster = cluster
 
-    def send(self, call: Call, timeout: float | None = None) -> None:
+    def send(self, call: Call, timeout: float | None = None, *, waits: bool = False) -> None:
         """Send ``call`` to this node."""
         if call.asking and self.connection is not None:
             self.connection.submit("ASKING")
-        super().send(call, timeout)
+        super().send(call, timeout, waits=waits)
         if call.command[0] == "SUNSUBSCRIBE" and self.connection is not None:
             self.connection.fence()
 
@@ -103,7 +103,7 @@ class ClusterLink(Link):
                     timeout = max(0.0, give_up - time.monotonic())
                 call.hops = MOST_HOPS
                 call.begin_again()
-                link.send(call, timeout)
+                link.send(call, timeout, waits=True)
                 return await reply_to(call)
             except redis.exceptions.AskError:
                 if time.monotonic() > give_up:

@@ -24,7 +24,6 @@ from anyio import (
     move_on_after,
 )
 from anyio.abc import ByteStream
-from hiredis import PushNotification
 
 from anyio_channels.wakeup import Bell, thread
 
@@ -118,17 +117,19 @@ class Connection:
 
     # Requests
 
-    def send(self, request: Request, timeout: float | None = None) -> None:
+    def send(self, request: Request, timeout: float | None = None, *, waits: bool = False) -> None:
         """Queue ``request`` and return at once; it is settled when it is answered, or never will be.
 
         On a connection that has ended it is settled before this returns. ``timeout``: seconds, if not those of the
-        connection.
+        connection. ``waits``: the running task will wait for it, in ``reply_to``.
         """
         self.commands += 1
         request.due = time.monotonic() + (self.timeout if timeout is None else timeout)
         if not self._protocol.send(request):
             request.settle()
             return
+        if waits:
+            request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
             self._writer_bell.set()
         if request.due < self._watch_until and self._watch_bell is not None:
@@ -164,7 +165,7 @@ class Connection:
         """
         # Not itself a coroutine function: one frame less for each reply to go through.
         request = Request(command, parse)
-        self.send(request, timeout)
+        self.send(request, timeout, waits=True)
         return reply_to(request)
 
     # The inside
@@ -183,9 +184,16 @@ class Connection:
         protocol = self._protocol
         while not protocol.ended:
             for event in protocol.receive(await stream.receive(_CHUNK)):
-                if event.__class__ is not PushNotification:
-                    event.settle()  # type: ignore[union-attr] # a Request: an isinstance() costs as much as the rest
-                elif self._on_push is not None:
+                if isinstance(event, Request):
+                    if protocol.ended and event.error is None:  # by somebody who was told of an event before this one
+                        event.error = protocol.lost(may_have_run=True)
+                    if event.error is not None or event.asking:
+                        event.settle()
+                    elif event.bell is not None:  # settle(), without the call: for each reply
+                        event.bell.set()
+                    elif event.done is not None:
+                        event.done(event)
+                elif self._on_push is not None and not protocol.ended:
                     self._on_push(event)
         self._finish()
 
@@ -193,7 +201,7 @@ class Connection:
         stream = self._stream
         protocol = self._protocol
         while True:
-            if not protocol.has_queue:
+            if not protocol.queue:
                 self._writer_bell = bell = thread.state.new_bell()[0]
                 await bell.wait()
                 self._writer_bell = None
@@ -217,15 +225,16 @@ class Connection:
 
 
 async def reply_to(request: Request) -> Any:
-    """Wait for the reply to ``request``, which was just sent, and return it or raise its error.
+    """Wait for the reply to ``request``, which was just sent with ``waits``, and return it or raise its error.
 
     If cancelled, the request is abandoned: it was not written, or it may run and its reply is swallowed.
     """
-    if request.error is None:
-        request.bell = bell = thread.state.new_bell()[0]
+    if request.bell is not None:
         try:
-            await bell.wait()
+            await request.bell.wait()
         except BaseException:
             request.abandoned = True
             raise
-    return request.result()
+    if request.error is not None:
+        raise request.error
+    return request.reply

@@ -120,7 +120,7 @@ class LinkEvents:
 class Call(Request):
     """A request that a link sees through, over more than one connection if it must be."""
 
-    __slots__ = ("asking", "hops", "link", "script")
+    __slots__ = ("hops", "link", "script")
 
     def __init__(
         self,
@@ -136,8 +136,6 @@ class Call(Request):
         self.script: Script | None = script
         self.hops: int = MOST_HOPS
         """How many more redirections may be followed at once."""
-        self.asking: bool = False
-        """Whether it goes to the node that its slot is on its way to."""
 
     def settle(self) -> None:
         """Tell whoever asked, unless the link sends it again."""
@@ -343,22 +341,25 @@ class Link:
                 self._known.add(script.digest)
         return Call(self, command, script, script.parse, done)
 
-    def send(self, call: Call, timeout: float | None = None) -> None:
-        """Send ``call``; it is settled at once if the link is down."""
+    def send(self, call: Call, timeout: float | None = None, *, waits: bool = False) -> None:
+        """Send ``call``; it is settled at once if the link is down. ``waits``: as in ``Connection.send``."""
         if self.connection is None:
             call.error = self.down_error()
             call.settle()
         else:
-            self.connection.send(call, timeout)
+            self.connection.send(call, timeout, waits=waits)
 
-    async def wait(self, call: Call) -> Any:
+    def wait(self, call: Call) -> Coroutine[Any, Any, Any]:
         """Send ``call``, when the link is up, and wait for the reply, as ``execute`` says."""
-        timeout = None
         if self.connection is None:
-            give_up = time.monotonic() + self.timeout
-            await self.up_until(give_up)
-            timeout = max(0.0, give_up - time.monotonic())
-        self.send(call, timeout)
+            return self._wait_until_up(call)
+        self.connection.send(call, waits=True)
+        return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
+
+    async def _wait_until_up(self, call: Call) -> Any:
+        give_up = time.monotonic() + self.timeout
+        await self.up_until(give_up)
+        self.send(call, max(0.0, give_up - time.monotonic()), waits=True)
         return await reply_to(call)
 
     async def up_until(self, give_up: float) -> None:

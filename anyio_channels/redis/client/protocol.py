@@ -58,7 +58,7 @@ class Request:
     """A command, and what became of it: it is settled once, when ``reply`` or ``error`` is there."""
 
     __slots__ = (
-        "abandoned", "awaits", "bell", "command", "confirmations", "data", "done", "due", "error", "is_fence", "parse",
+        "abandoned", "asking", "awaits", "bell", "command", "confirmations", "data", "done", "due", "error", "is_fence", "parse",
         "reply", "written",
     )  # fmt: skip
 
@@ -86,6 +86,8 @@ class Request:
         self.error: Exception | None = None
         self.written: bool = False
         self.abandoned: bool = False
+        self.asking: bool = False
+        """Whether a cluster's ASKING goes in front of it: then its owner looks at its success too, in ``settle``."""
         self.is_fence: bool = False
         """Whether an error in its place is a late answer to what is in front of it."""
 
@@ -115,7 +117,8 @@ class RespProtocol:
         self.server: str = server
         self.ended: bool = False
         self._reader = hiredis.Reader(notEnoughData=_MORE)
-        self._queue: list[Request] = []
+        self.queue: list[Request] = []
+        """What is to be sent; empty after the end."""
         self._in_flight: deque[Request] = deque()
         self._held = b""
         self._why: tuple[type[ConnectionLost], str, BaseException | None] = (ConnectionLost, "it was closed", None)
@@ -124,37 +127,30 @@ class RespProtocol:
     def pending(self) -> Iterator[Request]:
         """The requests that are not settled: those in flight, then those in the queue."""
         yield from self._in_flight
-        yield from self._queue
-
-    @property
-    def has_queue(self) -> bool:
-        """Whether there is something to send."""
-        return bool(self._queue)
+        yield from self.queue
 
     def send(self, request: Request) -> bool:
         """Queue ``request``; ``False``: the protocol has ended, and ``request.error`` says why."""
         if self.ended:
             request.error = self.lost(may_have_run=False)
             return False
-        self._queue.append(request)
+        self.queue.append(request)
         return True
 
     def data_to_send(self) -> bytes:
         """Return the bytes of all that is queued and still wanted; from now on it may have run."""
-        queue = self._queue
-        self._queue = []
+        queue = self.queue
+        self.queue = []
         batch = [request for request in queue if not request.abandoned]
         for request in batch:
             request.written = True
         self._in_flight.extend(batch)
         return batch[0].data if len(batch) == 1 else b"".join([request.data for request in batch])
 
-    def receive(self, data: bytes) -> Iterator[Event]:
-        """Take what the server sent, and yield what came of it, each event as soon as it is parsed.
-
-        Deliver each event before asking for the next: after an ``end()`` in between nothing more is delivered.
-        """
+    def receive(self, data: bytes) -> list[Event]:
+        """Take what the server sent, and return what came of it, in order; at the end, all that was still waiting too."""
         gets = self._reader.gets
+        events: list[Event] = []
         try:
             for piece in self._pieces(data):
                 self._reader.feed(piece)
@@ -168,11 +164,12 @@ class RespProtocol:
                     is_push = reply.__class__ is PushNotification
                     event = self._take_push(reply) if is_push else self._take_reply(reply)
                     if event is not None:
-                        yield event
+                        events.append(event)
         except _MisfitError as error:
-            yield from self.end(str(error), cause=error.__cause__)
+            events += self.end(str(error), cause=error.__cause__)
         except hiredis.HiredisError as error:
-            yield from self.end(f"what the server sent is no RESP3: {error}", cause=error)
+            events += self.end(f"what the server sent is no RESP3: {error}", cause=error)
+        return events
 
     def end(
         self, why: str, *, cause: BaseException | None = None, kind: type[ConnectionLost] = ConnectionLost
@@ -184,7 +181,7 @@ class RespProtocol:
         self._why = (kind, why, cause)
         waiting = list(self.pending)
         self._in_flight.clear()
-        self._queue.clear()
+        self.queue.clear()
         for request in waiting:
             request.error = self.lost(may_have_run=request.written)
         return waiting

@@ -122,9 +122,11 @@ class Server:
         if self.address.db:
             requests.append(connection.submit("SELECT", self.address.db))
         requests.append(connection.submit("PING"))  # refused while loading, when TIME is not
-        requests.append(connection.submit("TIME", parse=replies.seconds))
+        time = Request(("TIME",), replies.seconds)
+        connection.send(time, waits=True)
+        requests.append(time)
         with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
-            await reply_to(requests[-1])
+            await reply_to(time)
         for request in requests:
             try:
                 request.result()
@@ -137,8 +139,8 @@ class Server:
         greeting: replies.Greeting = requests[0].reply
         connection.version = greeting.version
         connection.is_primary = greeting.is_primary
-        time: float = requests[-1].reply
-        return time
+        now: float = time.reply
+        return now
 
     async def ask(self, *command: str, parse: Callable[[Any], Any], timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
         """Log in on a connection of its own, send ``command``, and return the reply.

@@ -77,12 +77,7 @@ class Delivery:
 
     def put(self, channel: QueueChannel, popped: Popped, server_time: float) -> None:
         """Put a message of a normal channel where its reader finds it."""
-        rung: list[Waiter] = []
-        with self._mailroom:
-            now = self._mailroom.clock()
-            expires_at = now + self._expiry - max(0.0, server_time - float(popped.score))
-            self._here.arrive(channel, (expires_at, popped), now, rung)
-        self._mailroom.wake(rung)
+        self._put([channel], popped, float(popped.score), server_time)
 
     def put_own(self, key: str, start: str, entry: bytes, score: float, server_time: float) -> None:
         """Put a message for channels of this process, whose names begin with ``start``, into their mailboxes."""
@@ -93,25 +88,37 @@ class Delivery:
             names = message.pop(RESERVED_KEY, None)
             if isinstance(names, str):
                 names = [names]
-            if not isinstance(names, list) or not all(
-                isinstance(name, str) and name.startswith(start) for name in names
-            ):
+            if not isinstance(names, list) or [
+                name for name in names if not (isinstance(name, str) and name.startswith(start))
+            ]:
                 raise Unreadable(f"{RESERVED_KEY} should name channels of this process, but is {names!r:.100}")  # noqa: TRY301
             item = message if len(names) == 1 else self._codec.encode_again(message)
         except Unreadable as why:
             self.drop_unreadable(key, why)
             return
+        self._put(names, item, score, server_time)
+
+    def _put(self, names: Sequence[str | QueueChannel], item: Any, score: float, server_time: float) -> None:
+        """Put ``item`` into channels, or those of these names."""
+        mailroom = self._mailroom
         rung: list[Waiter] = []
         full: list[str] = []
-        with self._mailroom:
-            now = self._mailroom.clock()
-            entry_here = (now + self._expiry - max(0.0, server_time - score), item)
-            channels = self._here.channels
+        mailroom.lock.acquire()
+        try:
+            now = mailroom.clock()
+            expires_at = now + self._expiry - max(0.0, server_time - score)
             for name in names:
-                channel = channels.get(name) or self._here.add(name)
-                if not self._here.arrive(channel, entry_here, now, rung):
-                    full.append(name)
-        self._mailroom.wake(rung)
+                channel = (self._here.channels.get(name) or self._here.add(name)) if isinstance(name, str) else name
+                if expires_at <= now:
+                    mailroom.books.sent += 1
+                    mailroom.books.expired += 1
+                elif not channel.put((expires_at, item), now, rung):
+                    channel.miss(rung)
+                    full.append(channel.name)
+        finally:
+            mailroom.lock.release()
+            if rung or mailroom.abandoned:
+                mailroom.wake(rung)
         for name in full:
             self._troubles.note(CHANNEL_DROPPED, name)
 
@@ -123,12 +130,7 @@ class Delivery:
     # To readers
 
     def message_of(self, channel: Channel, item: Any) -> Message:
-        """Return what a reader gets for ``item``, which is not bytes, or raise the error that it stands for."""
-        if item.__class__ is dict:
-            message: Message = item
-            return message
-        if isinstance(item, Popped):
-            return item.message
+        """Return what a reader gets for ``item``, which is not a message, or raise the error that it stands for."""
         if isinstance(item, Failure):
             self._mailroom.books.received -= 1  # it was not a message
             self._mailroom.books.sent -= 1

@@ -32,6 +32,7 @@ from anyio_channels.redis.servers import OnRedis, RedisLayerStatistics, RedisOpt
 from anyio_channels.redis.wire import PayloadCodec
 from anyio_channels.wakeup import thread
 
+from .delivery import Popped
 from .scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING
 from .session import Session
 
@@ -183,31 +184,37 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         If cancelled, the message was sent or was not.
         """
         self.require_valid_channel_name(channel)
+        capacity = self.get_capacity(channel)
         body = self._codec.encode(message)
-        await self._check_in()
-        self._home.require_open()
         if "!" in channel:
             body = self._codec.address(body, RESERVED_KEY, channel)
+        self._home.require_open()
+        state = thread.state
+        if state.is_due():
+            await state.give_way()
+            self._home.require_open()
         key = self._names.channel(channel)
         entry = self._codec.seal(body)
-        capacity = self.get_capacity(channel)
         if wait:
             await self._session.senders.send(key, lambda link: self._send_or_wait(link, key, entry, capacity))
-        elif not await self._send_now(self._session.link_of(key), key, entry, capacity):
+        elif not await self._send_now(key, entry, capacity):
             raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
 
-    async def _send_now(self, link: Link, key: str, entry: bytes, capacity: int) -> bool:
+    async def _send_now(self, key: str, entry: bytes, capacity: int) -> bool:
         """Send, or return ``False``: the channel is full."""
-        reply: int
-        if self._router.clustered:
-            reply = await self._call(
-                link, CLUSTERED[SEND], [key], entry, capacity, self.expiry, self._names.sent(key)
-            )
-        else:
-            reply = await self._call(link, SEND, [key], entry, capacity, self.expiry)
+        link = self._router.owner(key[len(self.prefix) :], key)
+        try:
+            if self._router.clustered:
+                sent = self._names.sent(key)
+                reply = await link.call(CLUSTERED[SEND], [key], entry, capacity, self.expiry, sent)
+            else:
+                reply = await link.call(SEND, [key], entry, capacity, self.expiry)
+        except ConnectionLost as error:
+            self._raise_if_closed(error)
+            raise
         self._session.expired_elsewhere += reply if reply >= 0 else -1 - reply
-        return reply >= 0
+        return int(reply) >= 0
 
     async def _send_or_wait(self, link: Link, key: str, entry: bytes, capacity: int) -> int:
         """Send and return -1; or the milliseconds until the oldest message of the channel expires."""
@@ -258,21 +265,21 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
                 self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
             )
         if self._router.clustered:
-            await self._send_to_slots(link, group, batch, arguments)
+            await self._send_to_slots(group, batch, arguments)
             return
         expired, full = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments)
         self._session.expired_elsewhere += expired
         self._sent += sum(map(len, batch.values()))
         self._miss(group, sum(len(names) for number, names in enumerate(batch.values(), 1) if number in full))
 
-    async def _send_to_slots(self, link: Link, group: str, batch: dict[str, list[str]], arguments: list[Any]) -> None:
+    async def _send_to_slots(self, group: str, batch: dict[str, list[str]], arguments: list[Any]) -> None:
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""
         missed = 0
 
         async def send(part: tuple[str, int, bytes]) -> None:
             nonlocal missed
             key, capacity, entry = part
-            if not await self._send_now(link, key, entry, capacity):
+            if not await self._send_now(key, entry, capacity):
                 missed += len(batch[key])
             self._sent += len(batch[key])
 
@@ -307,6 +314,11 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
             source, item = await self._wait(channel)
         if item.__class__ is bytes:
             return self._codec.decode(item)  # one of several copies
+        if item.__class__ is dict:
+            message: Message = item
+            return message
+        if isinstance(item, Popped):
+            return item.message
         return self._session.delivery.message_of(source, item)
 
     async def _wait(self, channel: str) -> tuple[Channel, Any]:
