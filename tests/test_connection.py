@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import hiredis
 import pytest
 import redis.exceptions
-from anyio import BrokenResourceError, CancelScope, ClosedResourceError, EndOfStream, create_task_group, sleep
-from anyio.abc import TaskStatus
+from anyio import (
+    BrokenResourceError,
+    CancelScope,
+    ClosedResourceError,
+    EndOfStream,
+    Event,
+    connect_tcp,
+    create_task_group,
+    sleep,
+)
+from anyio.abc import ByteStream, TaskStatus
 from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis_server import Listener
 from scripted_stream import NAME, PATIENCE, ScriptedStream, in_time, serving, settle
 
 from anyio_channels.redis.client.connection import Connection
@@ -511,6 +522,123 @@ async def test_an_idle_connection_lives() -> None:
         stream.feed(b"+late\r\n")
         await settle()
         assert (answered.result(), request.result()) == (b"OK", b"late")
+
+
+# Real streams
+
+
+class Peer(Listener):
+    """Plays a server on a real socket: answers each ECHO with its number, in pieces, or does what the test says."""
+
+    def __init__(self, behave: Callable[[ByteStream], Awaitable[None]] | None = None, pieces: int = 3) -> None:
+        super().__init__()
+        self.behave = behave
+        self.pieces = pieces
+        self.gone = Event()
+
+    async def serve(self, client: ByteStream, scope: CancelScope) -> None:
+        try:
+            if self.behave is not None:
+                await self.behave(client)
+            reader = hiredis.Reader()
+            async for chunk in client:
+                reader.feed(chunk)
+                replies = b"".join(b"$%d\r\n%s\r\n" % (len(one[1]), one[1]) for one in iter(reader.gets, False))
+                size = len(replies) // self.pieces + 1
+                for start in range(0, len(replies), size):
+                    await client.send(replies[start : start + size])
+        finally:
+            self.gone.set()
+
+
+@asynccontextmanager
+async def talking(peer: Peer, **options: Any) -> AsyncIterator[Connection]:
+    """A connection to ``peer``; when the block is left, both sides have ended."""
+    async with in_time(), peer:
+        async with serving(await connect_tcp(peer.host, peer.port), **options) as connection:
+            yield connection
+        await peer.gone.wait()
+
+
+async def test_each_its_own_reply_on_a_real_stream() -> None:
+    """Hundreds of callers at once, of whom many are cancelled: each of the others gets its own reply."""
+    async with talking(Peer()) as connection, create_task_group() as tasks:
+        callers = [Caller(connection, number) for number in range(300)]
+        for caller in callers:
+            await tasks.start(caller.run)
+            if caller.number % 7 == 0:
+                callers[caller.number // 2].cancel()
+            if caller.number % 50 == 0:
+                await settle()
+    assert [caller.reply for caller in callers if not caller.cancelled] == [
+        b"%d" % caller.number for caller in callers if not caller.cancelled
+    ]
+    assert not any(caller.error for caller in callers)
+    assert sum(not caller.cancelled for caller in callers) > 200
+
+
+async def test_a_peer_that_does_not_read() -> None:
+    """A write that hangs keeps nobody from hearing what the peer says, and a large reply comes whole."""
+    pushes: list[Any] = []
+    go_on = Event()
+
+    async def behave(client: ByteStream) -> None:
+        await client.send(b">3\r\n+message\r\n+a\r\n$1000000\r\n%s\r\n" % (b"\n" * 1_000_000))
+        await go_on.wait()
+
+    def hear(push: list[Any]) -> None:
+        pushes.append(push)
+        go_on.set()
+
+    large = b"x" * 8_000_000
+    async with talking(Peer(behave, pieces=100), on_push=hear) as connection, create_task_group() as tasks:
+        tasks.start_soon(connection.execute, "ECHO", large)
+        assert await connection.execute("ECHO", large) == large
+    assert pushes == [[b"message", b"a", b"\n" * 1_000_000]]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"*2\r\n$5\r\nhel", "the server closed it"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "no RESP3"),
+        (b"*1048577\r\n", "announces more than 1048576 elements"),
+    ],
+)
+async def test_a_peer_that_goes_wrong(said: bytes, words: str) -> None:
+    """Whoever waits is told why, and the socket is closed."""
+
+    async def behave(client: ByteStream) -> None:
+        await client.receive()
+        await client.send(said)
+        if "closed" in words:
+            await client.aclose()
+
+    async with talking(Peer(behave)) as connection:
+        with pytest.raises(ConnectionLost, match=words):
+            await connection.execute("ECHO", "x" * 10)
+        await connection.wait_ended()
+
+
+async def test_a_real_stream_is_closed() -> None:
+    """Whoever cancels run() lets the peer go, also one that is just being written to and does not read."""
+
+    async def behave(client: ByteStream) -> None:
+        await stop.wait()
+
+    stop = Event()
+    peer = Peer(behave)
+    async with in_time(), peer, create_task_group() as tasks:
+        stream = await connect_tcp(peer.host, peer.port)
+        connection = Connection(stream, NAME, timeout=PATIENCE)
+        tasks.start_soon(connection.run)
+        request = connection.submit("ECHO", b"x" * 8_000_000)
+        await settle()
+        tasks.cancel_scope.cancel()
+    with pytest.raises(ConnectionLost, match="it was closed; the command may have run"):
+        request.result()
+    with pytest.raises(ClosedResourceError):
+        await stream.receive()
 
 
 # All at once

@@ -263,6 +263,23 @@ async def test_script_flush(kind: Kind, server: RedisServer) -> None:
             await inbox.join("room")
 
 
+async def test_script_flush_before_a_pop_that_waits(server: RedisServer) -> None:
+    """What empties a key is sent again behind the pop that waits: it has as much time as that."""
+    layer = make(QUEUE, server.url, timeout=0.2, keep_alive=1.0)
+    async with layer, layer.subscribe() as inbox, create_task_group() as tg:
+        tg.start_soon(layer.receive, "work")
+        await until(lambda: popper(layer).blocked)
+        with server.client() as client:
+            client.script_flush()
+        for number in range(3):
+            await layer.send(inbox.channel, {"n": number})
+            with fail_after(PATIENCE):
+                assert await inbox.receive() == {"n": number}
+            await anyio.sleep(0.4)  # nothing but time would end the connection
+        assert layer.statistics().reconnects == 0
+        tg.cancel_scope.cancel()
+
+
 async def test_out_of_memory(server: RedisServer) -> None:
     """maxmemory reached: sending fails with what Redis says, receiving goes on, also from a channel not waited for before."""
     async with make(QUEUE, server.url) as layer, create_task_group() as tg:

@@ -378,7 +378,7 @@ class Link:
         call.command = ("EVAL", call.script.text, *call.command[2:])
         call.data = hiredis.pack_command(call.command)  # type: ignore[arg-type] # as in Request
         call.begin_again()
-        self.send(call)
+        self.send(call, max(0.0, call.due - time.monotonic()))
         return True
 
     # The inside

@@ -197,8 +197,9 @@ class RespProtocol:
 
     def _take_reply(self, reply: Any) -> Request | None:
         """Return the request that ``reply`` answers; ``None``: it is late, and answers nothing."""
+        in_flight = self._in_flight
+        request = in_flight[0] if in_flight else None
         is_error = reply.__class__ is hiredis.ReplyError
-        request = self._in_flight[0] if self._in_flight else None
         if request is None or (request.awaits is not None and not is_error):
             raise hiredis.ProtocolError(f"a reply that nobody asked for: {reply!r:.100}")
         if is_error:
@@ -212,7 +213,7 @@ class RespProtocol:
                 request.reply = request.parse(reply)
             except _WRONG_SHAPE as error:
                 raise _MisfitError(request.command[0], reply) from error
-        self._in_flight.popleft()
+        in_flight.popleft()
         return request
 
     def _take_push(self, push: list[Any]) -> Event | None:

@@ -95,14 +95,17 @@ class Router(ABC):
 
     async def run(self) -> None:
         """Run all links, and follow changes, until cancelled."""
-        async with create_task_group() as tasks:
-            self._tasks = tasks
-            for link in self.links:
-                self.start(link)
-            for server in self.servers:
-                if isinstance(server, Sentinels):
-                    tasks.start_soon(self._watch, server)
-            await self._follow_changes(tasks)
+        try:
+            async with create_task_group() as tasks:
+                self._tasks = tasks
+                for link in self.links:
+                    self.start(link)
+                for server in self.servers:
+                    if isinstance(server, Sentinels):
+                        tasks.start_soon(self._watch, server)
+                await self._follow_changes(tasks)
+        finally:
+            self._tasks = None
 
     def start(self, link: Link) -> None:
         """Have ``link`` run as long as ``run()``, unless it does."""
