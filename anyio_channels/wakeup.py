@@ -1,18 +1,21 @@
-"""What a thread knows of the backend (asyncio or trio) that runs in it, asked as seldom as is safe.
+"""Ring one task, in whatever loop it waits; and know when to let others run. The one module that knows backends.
 
 Rules:
-- nothing here refers to an event loop: only to anyio's class for the backend, which is the same for all its loops.
-- a thread may run one backend after the other, or trio as a guest of asyncio. So what is kept is checked before use
-  (``new_event``), or using it wrongly can only cost a checkpoint or delay one by ``YIELD_EVERY`` calls (``is_due``).
-- one task that waits once, of which there may be thousands at a time, waits at a future of its asyncio loop, which costs a
-  third of an event. The loop is reached through anyio's token; trio has nothing of the kind, and waits at an event.
-- anyio finds the backend anew in every call, through a context variable; that is most of the price of a check for
-  cancellation, and the reason for this module.
+- nothing here refers to an event loop for longer than a wait: only to anyio's class for the backend, which is the same for
+  all its loops. Neither backend is imported: what a backend's own package offers is found through anyio's token and
+  ``sys.modules``, with anyio's own tools behind it for any other backend.
+- a thread may run one backend after the other, or trio as a guest of asyncio. So what is remembered is checked before use
+  (``new_bell``), or using it wrongly can only cost a checkpoint or delay one by ``YIELD_EVERY`` calls (``is_due``).
+- a task that waits once, of which there may be thousands at a time, waits at a bare future on asyncio, which costs a third
+  of an event, and at trio's own event on trio, without anyio's around it.
+- anyio finds the backend anew in every call, through a context variable. That is most of the price of a check for
+  cancellation, and the reason for remembering.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -34,34 +37,46 @@ CANCELLED: Final = -math.inf
 class Bell(Protocol):
     """What one task waits at, once."""
 
-    def set(self) -> object:
-        """Ring, in the loop of the task that waits; again does nothing."""
+    @property
+    def waiting(self) -> Awaitable[object]:
+        """Returns when the bell was rung; to be awaited once, by the task that made the bell."""
 
-    def wait(self) -> Awaitable[object]:
-        """Wait for the ringing; to be called once."""
+    def set(self) -> object:
+        """Ring, in the loop of the task that waits. Ringing again does nothing."""
 
 
 class _FutureBell:
     """A bell on an asyncio loop."""
 
-    __slots__ = ("_future",)
+    __slots__ = ("waiting",)
 
     def __init__(self, loop: Any) -> None:
-        self._future: Any = loop.create_future()
+        self.waiting: Any = loop.create_future()
 
     def set(self) -> None:
-        if not self._future.done():  # it was rung before, or the task was cancelled
-            self._future.set_result(None)
+        if not self.waiting.done():  # it was rung before, or the task was cancelled
+            self.waiting.set_result(None)
 
-    def wait(self) -> Awaitable[object]:
-        future: Awaitable[object] = self._future
-        return future
+
+class _EventBell:
+    """A bell on any other loop."""
+
+    __slots__ = ("_event", "set")
+
+    def __init__(self, event: Any) -> None:
+        self._event: Any = event
+        self.set: Callable[[], object] = event.set
+
+    @property
+    def waiting(self) -> Awaitable[object]:
+        waiting: Awaitable[object] = self._event.wait()
+        return waiting
 
 
 class ThreadState:
     """How many calls a thread may still make without giving way, and its backend as last seen."""
 
-    __slots__ = ("_cancelled_class", "_has_futures", "backend_class", "deadline", "left")
+    __slots__ = ("_cancelled_class", "_has_futures", "_make_event", "backend_class", "deadline", "left")
 
     deadline: Callable[[], float]
     backend_class: type[AsyncBackend] | None
@@ -74,6 +89,7 @@ class ThreadState:
         self.backend_class = None
         self._cancelled_class: type[BaseException] | None = None
         self._has_futures: bool = False
+        self._make_event: Callable[[], Any] = Event
 
     def is_due(self, calls: int = 1) -> bool:
         """Whether the running task should pass a checkpoint before its next ``calls`` calls."""
@@ -99,7 +115,7 @@ class ThreadState:
         """Return a new bell for the running task, and the native token of the running loop."""
         backend_class = self._running_backend()
         loop = backend_class.current_token()
-        return (_FutureBell(loop) if self._has_futures else backend_class.create_event()), loop
+        return (_FutureBell(loop) if self._has_futures else _EventBell(self._make_event())), loop
 
     def running_loop(self) -> Any:
         """Return the native token of the loop that runs in this thread, or ``None``."""
@@ -122,6 +138,8 @@ class ThreadState:
         token = current_token()
         backend_class = self.backend_class = token.backend_class
         self._has_futures = hasattr(token.native_token, "create_future")
+        package = sys.modules.get(type(token.native_token).__module__.partition(".")[0])
+        self._make_event = getattr(package, "Event", backend_class.create_event)
         self._cancelled_class = get_cancelled_exc_class()
         self.deadline = backend_class.current_effective_deadline
         return backend_class

@@ -34,7 +34,8 @@ class Home:
     def __init__(self, layer: BaseChannelLayer) -> None:
         """``layer``: for its name and its ``Life``."""
         self._layer = layer
-        self._token: Any = None
+        self.token: Any = None
+        """The event loop, by its native token."""
         self._tasks: TaskGroup | None = None
         self.thread: int = get_ident()
         """The thread of the event loop; that of the constructor as long as the layer was never opened."""
@@ -44,7 +45,7 @@ class Home:
 
         Raises what ``run`` raises before that, and leaves nothing running then; nor if cancelled.
         """
-        self._token = current_token().native_token
+        self.token = current_token().native_token
         self.thread = get_ident()
         self._scope, self._ended = CancelScope(), Event()
         self._layer._life = Life.OPENING  # noqa: SLF001 - it is ours to lead
@@ -101,7 +102,7 @@ class Home:
             raise RuntimeError(
                 f"{self._layer!r} is not open; write 'async with layer:' in the lifespan of the application"
             )
-        if thread.state.running_loop() is not self._token:
+        if thread.state.running_loop() is not self.token:
             raise RuntimeError(
                 f"{self._layer!r} was opened in another event loop; a layer on Redis serves the event loop that opened it, "
                 "so make one for each"

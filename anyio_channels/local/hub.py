@@ -208,7 +208,13 @@ class Hub(BaseChannelLayer):
         if self._transport is not None:
             self.require_valid_channel_name(channel)
             body = self._encode(message)
-            await self._publish(self._transport, channel, body)
+            self._home.require_open()  # and then as in _publish(), without the call
+            try:
+                await self._transport.publish(channel, body)
+            except self._transport.outage as error:
+                self._raise_if_closed(error)
+                raise
+            self._published += 1
         elif wait:
             await self._put_when_room(channel, self._encode(message))
         else:
@@ -289,11 +295,8 @@ class Hub(BaseChannelLayer):
 
         ``where``: what the log calls the topic, if not ``topic``.
         """
-        if topic.startswith(_GROUP):
-            name = topic[len(_GROUP) :]
-            if name not in self._here.groups:
-                return
-        elif topic not in self._here.channels:
+        name = topic[len(_GROUP) :] if topic.startswith(_GROUP) else topic
+        if name not in (self._here.channels if name is topic else self._here.groups):
             return
         try:
             message = self._codec.decode_body(body)
@@ -306,10 +309,28 @@ class Hub(BaseChannelLayer):
         except Unreadable as why:
             self.drop_unreadable(topic if where is None else where, why)
             return
-        if topic.startswith(_GROUP):
+        if name is not topic:
             self._deliver_to_group(name, body, excluded)
-        else:
-            self._deliver_to_channel(self._here.channels[topic], message)
+            return
+        mailroom = self._mailroom
+        rung: list[Waiter] = []
+        mailroom.lock.acquire()
+        try:
+            now = self._clock()
+            if now >= mailroom.index.next_due:
+                mailroom.index.sweep(now, rung)
+            channel = self._here.channels.get(topic)
+            is_full = channel is not None and not channel.put((now + self.expiry, message), now, rung)
+            if is_full and channel is not None:
+                channel.miss(rung)
+        finally:
+            mailroom.lock.release()
+            if rung or mailroom.abandoned:
+                mailroom.wake(rung)
+        if is_full:
+            self._troubles.note(CHANNEL_DROPPED, topic)
+        if self._here.ended:
+            self._unsubscribe()
 
     def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
         mailroom = self._mailroom
@@ -329,31 +350,20 @@ class Hub(BaseChannelLayer):
         if self._here.ended:
             self._unsubscribe()
 
-    def _deliver_to_channel(self, channel: Channel, item: Any) -> None:
-        """Put ``item``, a message or its bytes, into a channel that is listed."""
-        mailroom = self._mailroom
-        rung: list[Waiter] = []
-        mailroom.lock.acquire()
-        try:
-            now = self._clock()
-            if now >= mailroom.index.next_due:
-                mailroom.index.sweep(now, rung)
-            if not (is_room := channel.put((now + self.expiry, item), now, rung)):
-                channel.miss(rung)
-        finally:
-            mailroom.lock.release()
-            if rung or mailroom.abandoned:
-                mailroom.wake(rung)
-        if not is_room:
-            self._troubles.note(CHANNEL_DROPPED, channel.name)
-        if self._here.ended:
-            self._unsubscribe()
-
     def tell_all(self, message: Message) -> None:
         """Put ``message`` into every channel of this process."""
         body = self._encode(message)
-        for channel in tuple(self._here.channels.values()):
-            self._deliver_to_channel(channel, body)
+        rung: list[Waiter] = []
+        full: list[str] = []
+        with self._mailroom:
+            now = self._clock()
+            for channel in tuple(self._here.channels.values()):
+                if not channel.put((now + self.expiry, body), now, rung):
+                    channel.miss(rung)
+                    full.append(channel.name)
+        self._mailroom.wake(rung)
+        for name in full:
+            self._troubles.note(CHANNEL_DROPPED, name)
 
     def sweep(self) -> None:
         """Drop all that has expired in this process; for a transport to call now and then, and in vain at no cost."""

@@ -104,6 +104,11 @@ class Mailbox(Expirable, Generic[T]):
         return 0 if self._readers is None else len(self._readers)
 
     @property
+    def unclaimed(self) -> bool:
+        """Whether there is an item that was promised to nobody."""
+        return len(self.entries) > (0 if self._readers is None else self._readers.promised)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in here, nobody waits and nobody is on the way."""
         return not (self.entries or anyone(self._readers) or anyone(self._senders))
@@ -214,7 +219,7 @@ class Mailbox(Expirable, Generic[T]):
             if item is None:
                 try:
                     self.reader_waits()
-                    await waiter.bell.wait()
+                    await waiter.bell.waiting
                 except BaseException:
                     self._mailroom.abandon(waiter)
                     self.reader_left()

@@ -82,9 +82,7 @@ class RedisOptions:
         Raises an error of the ``redis`` package that names the server and the cause, within ``connect_timeout`` seconds. Of
         several servers one must be there, and none may refuse; those that cannot be reached then are logged and tried on.
         """
-        timeouts = Timeouts(
-            timeout=self.timeout, connect_timeout=self.connect_timeout, keep_alive=self.keep_alive
-        )
+        timeouts = Timeouts(timeout=self.timeout, connect_timeout=self.connect_timeout, keep_alive=self.keep_alive)
         await self.router.open(events, timeouts)
         failure: redis.exceptions.RedisError | None = None
         async with create_task_group() as tasks:

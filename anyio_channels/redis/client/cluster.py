@@ -54,6 +54,8 @@ _AT_THIS_NODE: Final = frozenset(
 class ClusterLink(Link):
     """The way to one node, or to another one if that node says so."""
 
+    redirects: bool = True
+
     def __init__(self, server: Server, timeouts: Timeouts, events: LinkEvents, cluster: Cluster) -> None:
         """``cluster``: knows the other nodes."""
         super().__init__(server, timeouts, events)

@@ -125,9 +125,12 @@ class Connection:
         """
         self.commands += 1
         request.due = time.monotonic() + (self.timeout if timeout is None else timeout)
-        if not self._protocol.send(request):
+        protocol = self._protocol
+        if protocol.ended:
+            request.error = protocol.lost(may_have_run=False)
             request.settle()
             return
+        protocol.queue.append(request)
         if waits:
             request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
@@ -203,7 +206,7 @@ class Connection:
         while True:
             if not protocol.queue:
                 self._writer_bell = bell = thread.state.new_bell()[0]
-                await bell.wait()
+                await bell.waiting
                 self._writer_bell = None
             data = protocol.data_to_send()
             if data:
@@ -220,7 +223,7 @@ class Connection:
             self._watch_until = oldest
             self._watch_bell = bell = thread.state.new_bell()[0]
             with move_on_after(oldest - now):
-                await bell.wait()
+                await bell.waiting
             self._watch_bell = None
 
 
@@ -231,7 +234,7 @@ async def reply_to(request: Request) -> Any:
     """
     if request.bell is not None:
         try:
-            await request.bell.wait()
+            await request.bell.waiting
         except BaseException:
             request.abandoned = True
             raise

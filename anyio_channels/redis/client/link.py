@@ -155,6 +155,9 @@ class Call(Request):
 class Link:
     """The way to one server, up or down."""
 
+    redirects: bool = False
+    """Whether the server may send a call elsewhere, so that ``wait`` has to follow it."""
+
     def __init__(self, server: Target, timeouts: Timeouts, events: LinkEvents) -> None:
         """``events`` hears what happens to the link."""
         self.server: Target = server
@@ -296,14 +299,22 @@ class Link:
         Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
         the command was not sent, or it may run and its reply is swallowed.
         """
-        return self.wait(Call(self, command, None, parse))
+        call = Call(self, command, None, parse)
+        if self.redirects or self.connection is None:
+            return self.wait(call)
+        self.connection.send(call, waits=True)
+        return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
 
     def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
         """Run ``script`` on ``keys`` and return what it returns.
 
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
-        return self.wait(self._script_call(script, keys, args))
+        call = self._script_call(script, keys, args)
+        if self.redirects or self.connection is None:
+            return self.wait(call)
+        self.connection.send(call, waits=True)
+        return reply_to(call)
 
     def submit(
         self,
@@ -349,14 +360,8 @@ class Link:
         else:
             self.connection.send(call, timeout, waits=waits)
 
-    def wait(self, call: Call) -> Coroutine[Any, Any, Any]:
-        """Send ``call``, when the link is up, and wait for the reply, as ``execute`` says."""
-        if self.connection is None:
-            return self._wait_until_up(call)
-        self.connection.send(call, waits=True)
-        return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
-
-    async def _wait_until_up(self, call: Call) -> Any:
+    async def wait(self, call: Call) -> Any:
+        """Send ``call`` when the link is up, and wait for the reply, as ``execute`` says."""
         give_up = time.monotonic() + self.timeout
         await self.up_until(give_up)
         self.send(call, max(0.0, give_up - time.monotonic()), waits=True)

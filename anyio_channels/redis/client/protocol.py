@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 from typing import Protocol as Interface
 
@@ -51,6 +51,8 @@ _MOST_DIGITS: Final = 7
 class _Bell(Interface):
     """Wakes one task."""
 
+    @property
+    def waiting(self) -> Awaitable[object]: ...
     def set(self) -> object: ...
 
 
@@ -69,6 +71,8 @@ class Request:
         done: Callable[[Any], object] | None = None,
     ) -> None:
         """``parse`` turns the reply into what the caller gets, and raises if it is not what the command returns.
+
+        ``int`` as ``parse`` takes an integer as it is, and nothing else.
 
         ``done`` is called with the request when it is settled; it must neither wait nor raise.
         """
@@ -118,7 +122,7 @@ class RespProtocol:
         self.ended: bool = False
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self.queue: list[Request] = []
-        """What is to be sent; empty after the end."""
+        """What is to be sent: the driver appends to it, until the end."""
         self._in_flight: deque[Request] = deque()
         self._held = b""
         self._why: tuple[type[ConnectionLost], str, BaseException | None] = (ConnectionLost, "it was closed", None)
@@ -128,14 +132,6 @@ class RespProtocol:
         """The requests that are not settled: those in flight, then those in the queue."""
         yield from self._in_flight
         yield from self.queue
-
-    def send(self, request: Request) -> bool:
-        """Queue ``request``; ``False``: the protocol has ended, and ``request.error`` says why."""
-        if self.ended:
-            request.error = self.lost(may_have_run=False)
-            return False
-        self.queue.append(request)
-        return True
 
     def data_to_send(self) -> bytes:
         """Return the bytes of all that is queued and still wanted; from now on it may have run."""
@@ -152,7 +148,8 @@ class RespProtocol:
         gets = self._reader.gets
         events: list[Event] = []
         try:
-            for piece in self._pieces(data):
+            is_plain = data[-1:] == b"\n" and not (self._held or _HEADER.match(data) or _NEXT_HEADER.search(data))
+            for piece in (data,) if is_plain else self._pieces(data):
                 self._reader.feed(piece)
                 while not self.ended:
                     try:
@@ -207,6 +204,10 @@ class RespProtocol:
                 return None
             request.error = to_error(str(reply), self.server)
         elif request.parse is None:
+            request.reply = reply
+        elif request.parse is int:  # the most frequent one, without a call
+            if reply.__class__ is not int:
+                raise _MisfitError(request.command[0], reply)
             request.reply = reply
         else:
             try:

@@ -6,11 +6,13 @@ Rules:
 - the reply is handled, and the next pop sent, in one plain function: no task is between them.
 - what several processes read is popped one message at a time, for a reader who waits. What only this process reads is
   popped as it comes, and drained by a script in front of the next pop.
+- whoever waits for room in a channel leaves a marker, which the pop finds before that channel.
 - a refusal stops this server's pop for a moment, and nothing else.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -22,6 +24,7 @@ from anyio_channels.redis.client import OUTAGE, Argument, Connection, Connection
 from anyio_channels.redis.wire import Names
 
 from .channels import QueueChannel
+from .delivery import Delivery
 from .receiving import Receiving, Source
 from .scripts import POP, PoppedReply
 
@@ -49,12 +52,12 @@ class BlockingPop(Source, LinkEvents):
         least_capacity: int,
         start: Callable[[Link], object],
         on_gap: Callable[[], object],
-        count_expired: Callable[[int], object],
+        delivery: Delivery,
     ) -> None:
         """``commands``: the link for commands to that server. ``make_link``: makes another one, which ``start`` runs.
 
         ``client``: this process, in the name of its wake key. ``least_capacity``: the smallest that a channel may have.
-        ``on_gap``: hears that a message may be missing. ``count_expired``: hears how many had expired in Redis.
+        ``on_gap``: hears that a message may be missing. ``delivery``: where messages for this process go.
         """
         super().__init__()
         self.link: Link = make_link(self)
@@ -67,7 +70,8 @@ class BlockingPop(Source, LinkEvents):
         self._least_capacity = least_capacity
         self._start = start
         self._on_gap = on_gap
-        self._count_expired = count_expired
+        self._delivery = delivery
+        self._started = False
         self.popping = False
         self.waking = False
         self.refused = False
@@ -152,7 +156,9 @@ class BlockingPop(Source, LinkEvents):
         keys = [*self.own, *self.blocked]
         if not keys:
             return
-        self._start(self.link)
+        if not self._started:
+            self._started = True
+            self._start(self.link)
         connection = self.link.connection
         if connection is None:
             return  # it begins when the connection is up
@@ -164,13 +170,16 @@ class BlockingPop(Source, LinkEvents):
         for key in self._to_drain:
             # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
             self.link.call_soon(
-                POP, [key, self._names.room(key)], _DRAIN, self._expiry,
+                POP, [key, self._names.room(key)], _DRAIN, self._expiry, 0,
                 done=partial(self._drained, key), timeout=patience,
             )  # fmt: skip
         self._to_drain.clear()
         # Redis serves the first key that has something: each should come first at times.
         turn = self._rounds % len(keys)
         keys = [self._wake_key, *keys[turn:], *keys[:turn]]
+        if self.blocked:
+            # In front of each channel, the marker of those who wait for room there: they are told before the next pop.
+            keys = [one for key in keys for one in ((self._names.room(key), key) if key in self.blocked else (key,))]
         self.popping = True
         command: tuple[Argument, ...] = ("BZPOPMIN", *keys, self._keep_alive)
         parse: Callable[[Any], Any] = replies.popped_one
@@ -179,7 +188,7 @@ class BlockingPop(Source, LinkEvents):
             command = ("BZMPOP", self._keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
             parse = replies.popped_many
         self._popped_many = parse is replies.popped_many
-        connection.submit(*command, parse=parse, done=self._answered, timeout=patience)
+        connection.send(Request(command, parse, self._answered), patience)
 
     def _answered(self, request: Request) -> None:
         self.popping = False
@@ -196,22 +205,31 @@ class BlockingPop(Source, LinkEvents):
                 self._receiving.fail_blocked(self, error)
             return
         if request.reply is not None:
-            key, entries = request.reply
-            self._receiving.popped(self, key, entries, self._commands.server_time)
-            if key in self.own and (not self._popped_many or len(entries) >= self._least_capacity):
+            self._hand_on(*request.reply)
+        self._pop()
+
+    def _hand_on(self, key: str, entries: list[tuple[bytes, float]]) -> None:
+        now = time.monotonic() + self._commands.clock_offset
+        start = self.own.get(key)
+        if start is not None:
+            for entry, score in entries:
+                self._delivery.put_own(key, start, entry, score, now)
+            if not self._popped_many or len(entries) >= self._least_capacity:
                 # There may be more; or it may have been full, and senders may wait for room: that script tells them.
                 self._to_drain.add(key)
-        self._pop()
+        elif key in self.blocked:
+            ((entry, score),) = entries
+            self._receiving.popped(self, key, entry, score, now)
+        elif (full := self._names.key_of_room(key)) is not None and full in self.blocked:
+            self._receiving.senders_wait(self, full)
 
     def _drained(self, key: str, request: Request) -> None:
         if request.error is not None:
             self._to_drain.add(key)
             return
         popped: PoppedReply = request.reply
-        self._count_expired(popped.expired)
-        entries = [(entry, float(score)) for entry, score in popped.entries]
-        self._receiving.popped(self, key, entries, popped.now)
-        if len(entries) >= _DRAIN:
+        self._delivery.drained(key, self.own[key], popped)
+        if len(popped.entries) >= _DRAIN:
             self._to_drain.add(key)
 
     def try_again(self) -> None:

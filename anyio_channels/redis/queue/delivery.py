@@ -21,6 +21,7 @@ from anyio_channels.redis.duplicates import RecentPops
 from anyio_channels.redis.wire import PayloadCodec
 
 from .channels import QueueChannel
+from .scripts import PoppedReply
 
 __all__ = ["Delivery", "Failure", "Popped"]
 
@@ -60,6 +61,8 @@ class Delivery:
         self._recent = RecentPops()
         self.unreadable: int = 0
         """How much came that was not a message."""
+        self.expired_elsewhere: int = 0
+        """How many messages were found expired in Redis."""
 
     # From Redis
 
@@ -88,15 +91,22 @@ class Delivery:
             names = message.pop(RESERVED_KEY, None)
             if isinstance(names, str):
                 names = [names]
-            if not isinstance(names, list) or [
-                name for name in names if not (isinstance(name, str) and name.startswith(start))
-            ]:
+            are_ours = isinstance(names, list)
+            for name in names if are_ours else ():
+                are_ours = are_ours and isinstance(name, str) and name.startswith(start)
+            if not are_ours:
                 raise Unreadable(f"{RESERVED_KEY} should name channels of this process, but is {names!r:.100}")  # noqa: TRY301
             item = message if len(names) == 1 else self._codec.encode_again(message)
         except Unreadable as why:
             self.drop_unreadable(key, why)
             return
         self._put(names, item, score, server_time)
+
+    def drained(self, key: str, start: str, popped: PoppedReply) -> None:
+        """Put all that a script popped for channels of this process into their mailboxes."""
+        self.expired_elsewhere += popped.expired
+        for entry, score in popped.entries:
+            self.put_own(key, start, entry, float(score), popped.now)
 
     def _put(self, names: Sequence[str | QueueChannel], item: Any, score: float, server_time: float) -> None:
         """Put ``item`` into channels, or those of these names."""

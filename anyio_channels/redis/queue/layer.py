@@ -188,11 +188,11 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         body = self._codec.encode(message)
         if "!" in channel:
             body = self._codec.address(body, RESERVED_KEY, channel)
-        self._home.require_open()
         state = thread.state
         if state.is_due():
             await state.give_way()
-            self._home.require_open()
+        if self._life is not Life.OPEN or state.running_loop() is not self._home.token:
+            self._home.require_open()  # says what is wrong
         key = self._names.channel(channel)
         entry = self._codec.seal(body)
         if wait:
@@ -213,7 +213,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         except ConnectionLost as error:
             self._raise_if_closed(error)
             raise
-        self._session.expired_elsewhere += reply if reply >= 0 else -1 - reply
+        self._session.delivery.expired_elsewhere += reply if reply >= 0 else -1 - reply
         return int(reply) >= 0
 
     async def _send_or_wait(self, link: Link, key: str, entry: bytes, capacity: int) -> int:
@@ -227,7 +227,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
             expired, milliseconds = await self._call(
                 link, SEND_WAITING, [key, self._names.room(key)], entry, capacity, self.expiry
             )
-        self._session.expired_elsewhere += expired
+        self._session.delivery.expired_elsewhere += expired
         return int(milliseconds)
 
     async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
@@ -268,7 +268,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
             await self._send_to_slots(group, batch, arguments)
             return
         expired, full = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments)
-        self._session.expired_elsewhere += expired
+        self._session.delivery.expired_elsewhere += expired
         self._sent += sum(map(len, batch.values()))
         self._miss(group, sum(len(names) for number, names in enumerate(batch.values(), 1) if number in full))
 
@@ -466,7 +466,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         # What expires here may have to be told to Redis, which only the thread of the event loop can do.
         figures = self._here.figures(sweep=get_ident() == self._home.thread)
         figures["sent"] = self._sent
-        figures["expired"] += self._session.expired_elsewhere
+        figures["expired"] += self._session.delivery.expired_elsewhere
         figures["dropped_full"] += self._missed
         figures["dropped_unreadable"] = self._session.delivery.unreadable
         self._troubles.look()

@@ -18,6 +18,7 @@ from anyio_channels.redis.client import OUTAGE, ConnectionLost, Request, Subscri
 from anyio_channels.redis.wire import Names
 
 from .channels import QueueChannel
+from .delivery import Delivery
 from .receiving import Receiving, Source
 from .scripts import PoppedReply
 
@@ -29,23 +30,23 @@ _DRAIN: Final = 1000
 class Notices(Source):
     """What is waited for in a cluster, at all its nodes."""
 
+    must_stop: bool = True
+
     def __init__(
         self,
         receiving: Receiving,
         subscriptions: Subscriptions,
         names: Names,
         pop: Callable[[str, int, Callable[[Request], object]], object],
-        count_expired: Callable[[int], object],
-        fail_own: Callable[[list[str], Exception], object],
+        delivery: Delivery,
     ) -> None:
-        """``pop(key, count, done)`` pops without waiting. ``fail_own(keys, error)`` tells readers what was refused."""
+        """``pop(key, count, done)`` pops without waiting. ``delivery``: where messages for this process go."""
         super().__init__()
         self._receiving = receiving
         self._subscriptions = subscriptions
         self._names = names
         self._pop = pop
-        self._count_expired = count_expired
-        self._fail_own = fail_own
+        self._delivery = delivery
         self._draining: set[str] = set()
         self._again: set[str] = set()
         self._ended: Event | None = None
@@ -98,13 +99,11 @@ class Notices(Source):
         error = request.error
         if error is None:
             popped: PoppedReply = request.reply
-            self._count_expired(popped.expired)
-            entries = [(entry, float(score)) for entry, score in popped.entries]
-            self._receiving.popped(self, key, entries, popped.now)
-            more = more or len(entries) >= _DRAIN
+            self._delivery.drained(key, self.own[key], popped)
+            more = more or len(popped.entries) >= _DRAIN
         else:
             if not isinstance(error, OUTAGE):
-                self._fail_own([key], error)
+                self._delivery.fail_own([key], error)
             if not isinstance(error, ConnectionLost):
                 self._receiving.source_refused(self, error)
         if more:

@@ -32,8 +32,12 @@ _PAUSE: Final = 0.2
 class Source(ABC):
     """What tells that a message has come: the blocking pop of one server, or the notices of a cluster.
 
-    Its events are ``Receiving.popped``, ``announced``, ``released`` and ``source_refused``.
+    Its events are ``Receiving.popped``, ``senders_wait``, ``announced``, ``released`` and ``source_refused``. What comes for
+    process-specific channels it delivers itself.
     """
+
+    must_stop: bool = False
+    """Whether ``stop_waiting`` is wanted for channels that are idle too."""
 
     def __init__(self) -> None:
         """Start with nothing wanted."""
@@ -72,8 +76,8 @@ class Requests(Protocol):
     def source_of(self, channel: QueueChannel) -> Source:
         """Return the source that waits for ``channel``."""
 
-    def fetch(self, channel: QueueChannel, count: int) -> None:
-        """Pop so many messages, and tell those who wait for room."""
+    def fetch(self, channel: QueueChannel, count: int, *, tell: bool) -> None:
+        """Pop so many messages, and tell those who wait for room; ``tell``: there are some, whatever Redis says."""
 
     def give_back(self, channel: QueueChannel, items: Sequence[Popped]) -> None:
         """Put ``items`` back to where they were; ends with ``Receiving.gave_back``."""
@@ -86,7 +90,7 @@ class Requests(Protocol):
 
 
 class Receiving:
-    """The normal channels of one layer, and what is popped for its process-specific ones."""
+    """The normal channels of one layer."""
 
     def __init__(self, requests: Requests, delivery: Delivery, troubles: Troubles) -> None:
         """``delivery``: where messages go."""
@@ -112,11 +116,11 @@ class Receiving:
         else:
             self._block(channel)
 
-    def _fetch(self, channel: QueueChannel) -> None:
+    def _fetch(self, channel: QueueChannel, *, tell: bool = False) -> None:
         channel.state = State.FETCHING
         channel.announced = False
         self._fetching[channel.key] = channel
-        self._requests.fetch(channel, channel.demand)
+        self._requests.fetch(channel, channel.demand, tell=tell)
 
     def _block(self, channel: QueueChannel) -> None:
         channel.state = State.BLOCKED
@@ -173,35 +177,32 @@ class Receiving:
         channel.state = State.IDLE
         self._fetching.pop(channel.key, None)
         if not channel.demand:
-            self.look_after(channel)
+            if channel.unclaimed or self._requests.source_of(channel).must_stop:
+                self.look_after(channel)
         elif channel.announced:
             self.begin(channel)
         else:
             self._block(channel)
 
-    def popped(
-        self, source: Source, key: str, entries: Sequence[tuple[bytes, float]], now: float
-    ) -> None:
-        """A source popped messages from ``key``, by the server's time ``now``."""
-        start = source.own.get(key)
-        if start is not None:
-            for entry, score in entries:
-                self._delivery.put_own(key, start, entry, score, now)
-            return
-        channel = source.blocked.pop(key, None)
-        if channel is None:
-            return
+    def popped(self, source: Source, key: str, entry: bytes, score: float, now: float) -> None:
+        """A source popped a message from ``key``, one of ``blocked``, by the server's time ``now``."""
+        channel = source.blocked.pop(key)
         channel.state = State.IDLE
-        for entry, score in entries:
-            self._put(channel, entry, repr(score), now)
-        if self.is_closing:
-            return
-        if self._requests.can_ask(channel):
-            self._fetch(channel)  # for more readers, and for senders who wait for room
-        elif channel.demand:
-            self._block(channel)
-        else:
-            self.look_after(channel)
+        popped = self._delivery.open(key, entry, repr(score))
+        if popped is not None:
+            if self.is_closing:
+                self.late.append((channel, popped))
+                return
+            self._delivery.put(channel, popped, now)
+        if channel.demand:
+            self.begin(channel)
+        elif channel.unclaimed:
+            self.look_after(channel)  # its last reader left while the pop was on its way
+
+    def senders_wait(self, source: Source, key: str) -> None:
+        """A source says that somebody waits for room in ``key``, one of ``blocked``: pop, and tell them."""
+        channel = source.blocked.pop(key)
+        self._fetch(channel, tell=True)
 
     def announced(self, source: Source, key: str) -> None:
         """A source says that there may be a message in ``key``, which is not one of ``own``."""

@@ -69,7 +69,10 @@ if is_full then return -1 - expired end
 return expired
 """
 _MARK: Final = """
-if is_full then redis.call('SET', KEYS[2], 1, 'PX', math.ceil(ARGV[3] * 1000) + 10000) end
+if is_full then
+  redis.call('ZADD', KEYS[2], 0, '')
+  redis.call('PEXPIRE', KEYS[2], math.ceil(ARGV[3] * 1000) + 10000)
+end
 """
 _SAY_HOW_LONG: Final = """
 if not is_full then return {expired, -1} end
@@ -126,7 +129,7 @@ SEND: Final = Script.of(
     # KEYS: channel. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired; if the channel is full, -1 minus that.
     _SEND + _SAY,
-    replies.whole,
+    int,
 )
 
 SEND_WAITING: Final = Script.of(
@@ -138,11 +141,12 @@ SEND_WAITING: Final = Script.of(
 )
 
 POP: Final = Script.of(
-    # KEYS: channel, its room marker. ARGV: how many, expiry (seconds).
+    # KEYS: channel, its room marker. ARGV: how many, expiry (seconds), whether somebody waits for room (1) who took the
+    # marker away.
     # Returns how many messages had expired, the time, and entry, score, entry, score, ... Tells senders who wait for room.
     _POP
     + """
-if redis.call('EXISTS', KEYS[2]) == 1 then redis.pcall('PUBLISH', KEYS[2], '') end
+if #redis.call('ZPOPMIN', KEYS[2]) > 0 or ARGV[3] == '1' then redis.pcall('PUBLISH', KEYS[2], '') end
 """
     + _SAY_POPPED,
     _popped,
@@ -153,7 +157,7 @@ CLUSTERED: Final = {
     # marker in the key, and of a blocking pop, who waits is told by sharded pub/sub; its channel is in the slot of the key,
     # and the last of ARGV.
     # ARGV: entry, capacity, expiry (seconds), where readers listen.
-    SEND: Script.of(_SEND + _TELL_READERS + _SAY, replies.whole, announces=True),
+    SEND: Script.of(_SEND + _TELL_READERS + _SAY, int, announces=True),
     SEND_WAITING: Script.of(_SEND + _TELL_READERS + _SAY_HOW_LONG, _sent_or_wait, announces=True),
     POP: Script.of(
         # ARGV: how many, expiry (seconds), where senders listen for room.

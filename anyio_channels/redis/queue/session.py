@@ -63,8 +63,6 @@ class Session(LinkEvents):
         """``layer``: its ``repr`` is in the log. ``least_capacity``: the smallest that a channel may have."""
         self.client: str = secrets.token_hex(16)
         """This process, in the names of its channels."""
-        self.expired_elsewhere: int = 0
-        """How many messages were found expired in Redis."""
         self.names: Names = Names(options.prefix)
         self.here: QueueDirectory = QueueDirectory(Mailroom(clock), get_capacity, self.names.channel, self._leave)
         self.delivery: Delivery = Delivery(self.here, codec, expiry, troubles)
@@ -83,9 +81,7 @@ class Session(LinkEvents):
         self.receiving = Receiving(self, self.delivery, troubles)
         self.here.receiving = self.receiving
         self.subscriptions = Subscriptions(options.router, self._log_forbidden, self._confirmed)
-        self.notices = Notices(
-            self.receiving, self.subscriptions, self.names, self._pop, self._count_expired, self.delivery.fail_own
-        )
+        self.notices = Notices(self.receiving, self.subscriptions, self.names, self._pop, self.delivery)
         self.sources: dict[Link, Source] = {}
         self._fetches: Counter[Link] = Counter()
 
@@ -182,7 +178,7 @@ class Session(LinkEvents):
             least_capacity=self._least_capacity,
             start=self._router.start,
             on_gap=partial(self._mark_outage, link),
-            count_expired=self._count_expired,
+            delivery=self.delivery,
         )
 
     async def restore(self, link: Link, connection: Connection) -> None:
@@ -259,26 +255,26 @@ class Session(LinkEvents):
         """Return the source that waits for ``channel``."""
         return self.sources[self.link_of(channel.key)]
 
-    def fetch(self, channel: QueueChannel, count: int) -> None:
-        """Pop so many messages, and tell those who wait for room."""
+    def fetch(self, channel: QueueChannel, count: int, *, tell: bool) -> None:
+        """Pop so many messages, and tell those who wait for room; ``tell``: there are some, whatever Redis says."""
         link = self.link_of(channel.key)
         self._fetches[link] += 1
-        self._pop(channel.key, count, partial(self._fetched, channel, link))
+        self._pop(channel.key, count, partial(self._fetched, channel, link), tell=tell)
 
     def _fetched(self, channel: QueueChannel, link: Link, request: Request) -> None:
         self._fetches[link] -= 1
         if request.error is None:
-            self.expired_elsewhere += request.reply.expired
+            self.delivery.expired_elsewhere += request.reply.expired
             self.receiving.fetched(channel, request.reply.entries, request.reply.now)
         else:
             self.receiving.refused(channel, request.error)
 
-    def _pop(self, key: str, count: int, done: Callable[[Request], object]) -> None:
+    def _pop(self, key: str, count: int, done: Callable[[Request], object], *, tell: bool = False) -> None:
         link = self.link_of(key)
         if self._router.clustered:
             link.call_soon(CLUSTERED[POP], [key], count, self._expiry, self.names.room(key), done=done)
         else:
-            link.call_soon(POP, [key, self.names.room(key)], count, self._expiry, done=done)
+            link.call_soon(POP, [key, self.names.room(key)], count, self._expiry, int(tell), done=done)
 
     def give_back(self, channel: QueueChannel, items: Sequence[Popped]) -> None:
         """Put ``items`` back to where they were."""
@@ -299,9 +295,6 @@ class Session(LinkEvents):
     def after(self, seconds: float, act: Callable[[], object]) -> None:
         """Call ``act`` after so many seconds."""
         self.later.after(seconds, act)
-
-    def _count_expired(self, expired: int) -> None:
-        self.expired_elsewhere += expired
 
     def _leave(self, memberships: list[tuple[str, str]]) -> None:
         self.memberships.leave_soon(memberships)
