@@ -442,9 +442,9 @@ def test_a_reply_of_a_wrong_type(error: type[Exception]) -> None:
 
 def test_a_reply_that_is_parsed() -> None:
     """The caller gets what the parser returns."""
-    request = Request(("GET", "k"), parse=int)
+    request = Request(("GET", "k"), parse=float)
     feed(waiting(request), [b"+12\r\n"])
-    assert request.result() == 12
+    assert request.result() == 12.0
 
 
 def test_a_mistake_in_a_parser_is_not_hidden() -> None:

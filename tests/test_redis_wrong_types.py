@@ -15,7 +15,7 @@ from anyio.abc import ByteStream
 from layers_on_redis import PATIENCE, PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import LOST, Listener, RedisServer
 
-from anyio_channels.layers.redis.scripts import (
+from anyio_channels.redis.queue.scripts import (
     CLUSTERED,
     GROUP_ADD,
     GROUP_MEMBERS,
@@ -25,7 +25,7 @@ from anyio_channels.layers.redis.scripts import (
     SEND_WAITING,
     TICK,
 )
-from anyio_channels.layers.redis.survey import Survey
+from anyio_channels.doctor.survey import Survey
 
 pytestmark = pytest.mark.anyio
 

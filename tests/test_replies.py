@@ -8,7 +8,7 @@ from typing import Any
 
 import hiredis
 import pytest
-from anyio_channels.layers.redis.scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, POP, SEND, SEND_WAITING, TICK
+from anyio_channels.redis.queue.scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, POP, SEND, SEND_WAITING, TICK
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -186,9 +186,12 @@ class Connection:
         stream = self._stream
         protocol = self._protocol
         while not protocol.ended:
-            for event in protocol.receive(await stream.receive(_CHUNK)):
+            events = protocol.receive(await stream.receive(_CHUNK))
+            was_open = not protocol.ended
+            for event in events:
+                is_cut_off = was_open and protocol.ended  # by whoever was told of an event before this one
                 if isinstance(event, Request):
-                    if protocol.ended and event.error is None:  # by somebody who was told of an event before this one
+                    if is_cut_off and event.error is None:
                         event.error = protocol.lost(may_have_run=True)
                     if event.error is not None or event.asking:
                         event.settle()
@@ -196,7 +199,7 @@ class Connection:
                         event.bell.set()
                     elif event.done is not None:
                         event.done(event)
-                elif self._on_push is not None and not protocol.ended:
+                elif self._on_push is not None and not is_cut_off:
                     self._on_push(event)
         self._finish()
 
