@@ -116,6 +116,7 @@ class PlayedRedis:
         self.wanted: dict[Callable[[], object], None] = {}
         self.later: list[Callable[[], object]] = []
         self.told: list[str] = []
+        self.popping: dict[str, tuple[str, bytes, float]] = {}
         mailroom = Mailroom(lambda: 0.0)
         troubles = Troubles(lambda: 0.0, 60)
         codec = PayloadCodec(2**20, None, random_prefix_length=12)
@@ -209,12 +210,20 @@ class PlayedRedis:
         for act in later:
             act()
 
-    def pop(self, name: str) -> None:
-        """The blocking pop hands out a message, as soon as there is one."""
-        source = self.sources[self.side(name)]
+    def begin_pop(self, name: str) -> None:
+        """The blocking pop hands out a message."""
         ((entry, score),) = self.take(name, 1)
-        self.receiving.popped(source, name, entry, score, 0.0)
-        source.release_idle()
+        self.popping[self.side(name)] = (name, entry, score)
+
+    def end_pop(self, side: str) -> None:
+        """What the blocking pop handed out arrives, if there is something on its way."""
+        if (popped := self.popping.pop(side, None)) is not None:
+            self.receiving.popped(self.sources[side], *popped, 0.0)
+            self.sources[side].release_idle()
+
+    def pop(self, name: str) -> None:
+        self.begin_pop(name)
+        self.end_pop(self.side(name))
 
     def cut(self, side: str, error: Exception) -> None:
         self.is_up[side] = False
@@ -233,6 +242,7 @@ class PlayedRedis:
             self.tidy()
             self.pass_time()
             for side, source in self.sources.items():
+                self.end_pop(side)
                 while self.in_flight[side]:
                     self.answer(side)
                 source.is_refused = False
@@ -312,7 +322,8 @@ def test_what_nobody_reads_goes_back(played: PlayedRedis, leaving: Callable[[Pla
     assert played.here_now() == []
 
 
-def test_a_pop_for_a_reader_who_left(played: PlayedRedis) -> None:
+@pytest.mark.parametrize("tidied", [False, True])
+def test_a_pop_for_a_reader_who_left(played: PlayedRedis, tidied: bool) -> None:
     """The blocking pop has taken a message when its reader leaves: it goes back."""
     channel = played.channel("left.a")
     reader = Reader(channel)
@@ -321,7 +332,12 @@ def test_a_pop_for_a_reader_who_left(played: PlayedRedis) -> None:
     sent = played.put("left.a")
     ((entry, score),) = played.take("left.a", 1)
     reader.cancel()
-    played.receiving.popped(played.sources["left"], "left.a", entry, score, 0.0)
+    if tidied:
+        played.tidy()
+    if played.sources["left"].blocked:
+        played.receiving.popped(played.sources["left"], "left.a", entry, score, 0.0)
+    else:  # where messages are announced, nothing is popped for a channel that was released
+        played.queues["left.a"][entry] = score
     played.settle()
     assert list(played.queues["left.a"].values()) == [sent]
 
@@ -351,6 +367,10 @@ def test_one_server_that_refuses_delays_nothing_at_another(played: PlayedRedis) 
     played.answer("right")
     assert list(played.queues["right.a"].values()) == [right]
     assert played.here_now() == [left]
+    played.mend("left")
+    played.tidy()
+    played.answer("left")
+    assert list(played.queues["left.a"].values()) == [left]
 
 
 def test_what_is_refused_for_a_while_waits(played: PlayedRedis) -> None:
@@ -500,21 +520,30 @@ class ReceivingMachine(RuleBasedStateMachine):
     def pop(self, name: str) -> None:
         source = self.redis.sources[self.redis.side(name)]
         if name in source.blocked and self.redis.queues[name] and not source.must_stop:
-            self.redis.pop(name)
+            if source.side not in self.redis.popping:
+                self.redis.begin_pop(name)
+
+    @rule(side=st.sampled_from(["left", "right"]))
+    def end_pop(self, side: str) -> None:
+        self.redis.end_pop(side)
 
     @rule(name=st.sampled_from(NAMES))
     def announce(self, name: str) -> None:
+        if not self.is_cluster:
+            return
         self.redis.receiving.announced(self.redis.sources[self.redis.side(name)], name)
 
     @rule(name=st.sampled_from(NAMES))
     def senders_wait(self, name: str) -> None:
         source = self.redis.sources[self.redis.side(name)]
-        if name in source.blocked:
+        if name in source.blocked and source.side not in self.redis.popping:
             self.redis.receiving.senders_wait(source, name)
 
     @rule(side=st.sampled_from(["left", "right"]), fatal=st.booleans())
     def refuse(self, side: str, fatal: bool) -> None:
         source = self.redis.sources[side]
+        if side in self.redis.popping:
+            return
         self.redis.receiving.source_refused(source, redis.exceptions.ResponseError("UNBLOCKED"))
         if fatal:
             self.redis.receiving.fail_blocked(source, redis.exceptions.ResponseError("WRONGTYPE"))
