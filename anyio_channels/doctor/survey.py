@@ -335,11 +335,11 @@ async def ask_server(link: Link) -> ServerSeen:
     for answer in answers:
         if not isinstance(answer, Exception):
             info |= answer
-    calls: dict[str, int] = {}
-    for name, text in {}.items() if isinstance(stats, Exception) else stats.items():
-        count = text.partition("calls=")[2].partition(",")[0]
-        if count.isdecimal():
-            calls[name.removeprefix("cmdstat_")] = int(count)
+    calls = {
+        name.removeprefix("cmdstat_"): int(count)
+        for name, text in ({} if isinstance(stats, Exception) else stats).items()
+        if (count := text.partition("calls=")[2].partition(",")[0]).isdecimal()
+    }
     return ServerSeen(link.name, None, at, info, calls)
 
 

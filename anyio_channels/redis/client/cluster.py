@@ -285,7 +285,7 @@ class Cluster(Router):
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
         used = {*found.values(), *self._kept_until}
         self._leaving += [link for link in self.links if link not in used]
-        self.links = [link for link in self.links if link in used]
+        self.links: list[Link] = [link for link in self.links if link in used]
         for link in self._leaving:
             if link.connection is not None:
                 link.connection.mute()

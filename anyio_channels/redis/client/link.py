@@ -146,11 +146,6 @@ class Call(Request):
         elif self.done is not None:
             self.done(self)
 
-    def begin_again(self) -> None:
-        """Become as if it had never been sent."""
-        self.error = None
-        self.written = False
-
 
 class Link:
     """The way to one server, up or down."""

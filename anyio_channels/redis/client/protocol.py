@@ -102,6 +102,11 @@ class Request:
         elif self.done is not None:
             self.done(self)
 
+    def begin_again(self) -> None:
+        """Become as if it had never been sent."""
+        self.error = None
+        self.written = False
+
     def result(self) -> Any:
         """Return the reply, or raise the error."""
         if self.error is not None:
