@@ -1,9 +1,10 @@
-"""Every async test runs on asyncio, asyncio with uvloop, and trio; the clock is the test's."""
+"""Async tests run on every event loop, or on two where the loops make no difference; the clock is the test's."""
 
 from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,14 +25,40 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-BACKENDS = [
-    pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-    pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-    pytest.param(("trio", {}), id="trio"),
-]
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--loops", default=",".join(LOOPS), help="the event loops that async tests run on: %(default)s")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run an async test on all loops, unless it chooses its own; on trio and one of asyncio's if it is marked so.
+
+    Which of asyncio's two it is depends on the test's name, so each file runs on both, and always in the same way.
+    """
+    own = [name for mark in metafunc.definition.iter_markers("parametrize") for name in argument_names(mark)]
+    if "anyio_backend" not in metafunc.fixturenames or "anyio_backend" in own:
+        return
+    names = metafunc.config.getoption("loops").split(",")
+    if metafunc.definition.get_closest_marker("two_loops"):
+        alike = [name for name in names if LOOPS[name][0] == "asyncio"]
+        chosen = zlib.crc32(metafunc.function.__name__.encode()) % max(1, len(alike))
+        names = [name for name in names if name not in alike or name == alike[chosen]]
+    metafunc.parametrize("anyio_backend", [LOOPS[name] for name in names], ids=names, indirect=True)
+
+
+def argument_names(mark: pytest.Mark) -> list[str]:
+    """Return the arguments that a ``parametrize`` sets."""
+    names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+
+@pytest.fixture
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     backend: tuple[str, dict[str, Any]] = request.param
     return backend
