@@ -15,7 +15,7 @@ from anyio import create_task_group, fail_after, sleep, to_thread
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 PATIENCE = 20.0
 MESSAGE = {"type": "chat.message", "text": "héllo", "list": [1, -5, 2.5, True, None], "dict": {"a": {"b": []}}}

@@ -23,7 +23,7 @@ from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPu
 from anyio_channels.layers.redis import queue
 from anyio_channels.layers.redis.layer import RedisLayer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 PATIENCE = 20.0
 
@@ -799,6 +799,28 @@ async def test_held_while_away(server: RedisServer) -> None:
             await until(lambda: client.zcard(layer.channel_key("a")) == 2)
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
         assert layer.statistics().received == 3
+
+
+async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
+    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
+    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("a"))
+
+        tg.start_soon(read)
+        await until(lambda: layer.statistics().waiting_receivers == 1)
+        source = layer._channel("a")
+        for number in range(2):
+            entry = payload({"n": number}, b"%12d" % number)
+            layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
+        with layer._room:
+            taken = source.withdraw()
+        layer._give_back(layer._topology.links[0], source, taken)
+        await until(lambda: got == [{"n": 0}])
+        assert await layer.receive("a") == {"n": 1}
+        assert layer.statistics().received == 2
 
 
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:

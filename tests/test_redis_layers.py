@@ -28,6 +28,8 @@ from anyio_channels import (
 )
 from anyio_channels.layers.redis.layer import RedisLayer
 
+pytestmark = pytest.mark.two_loops
+
 PATIENCE = 20.0
 asynchronous = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ from anyio_channels.layers.redis.keys import keys_of, odd_keys, prefixes_of_grou
 from anyio_channels.layers.redis.layer import RedisLayer
 from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 
 async def look_at(layer: RedisLayer) -> Look:
