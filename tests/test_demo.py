@@ -34,6 +34,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
 PATIENCE = 20.0
+expect.set_options(timeout=1000 * PATIENCE)
 MAX_TEXT = 2000
 BACKENDS = ["asyncio", "trio"]
 on_asyncio, on_trio = (pytest.mark.parametrize("backend", [name]) for name in BACKENDS)

@@ -21,7 +21,7 @@ async def test_layer_passes(kind: Kind, check: Check, redis_server: RedisServer)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.diagonal(("kind",), [pytest.param(kind, id=kind.name) for kind in KINDS], start=1)
 async def test_run_checks_leaves_out_what_does_not_apply(kind: Kind, redis_server: RedisServer) -> None:
     """All checks at once, as an author of a layer with fewer features runs them."""
     await run_checks(kind.factory(redis_server), kind.features)
