@@ -23,15 +23,17 @@ import ssl
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import pytest
 import redis
@@ -443,6 +445,49 @@ class RedisCluster:
         for node in (target, source, *(one for one in self.nodes if one not in (target, source))):
             with suppress(redis.RedisError):  # replicas hear of it from their primary
                 self.ask(node, "SETSLOT", slot, "NODE", target_id)
+
+
+Deployment = TypeVar("Deployment", bound=Sentinels | RedisCluster)
+
+
+class Spares(Generic[Deployment]):
+    """Deployments for tests that damage theirs, made while the tests before them run.
+
+    A cluster takes 2 s to form on any machine, nearly all of it waiting. Use it in a ``with`` block, which ends the spare
+    that no test took.
+    """
+
+    def __init__(self, make: Callable[[], Deployment], ahead: int = 1) -> None:
+        self._make = make
+        self._pool = ThreadPoolExecutor(ahead, "spares")
+        self._spares = deque(self._begin() for _ in range(ahead))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spare in self._spares:
+            with suppress(Exception):  # one that could not be made is missed by no test
+                spare.result().__exit__()
+        self._pool.shutdown()
+
+    @contextmanager
+    def lend(self) -> Iterator[Deployment]:
+        """Hand out a deployment for the block, and begin to make the next."""
+        self._spares.append(self._begin())
+        taken = self._spares.popleft().result()
+        try:
+            yield taken
+        finally:
+            taken.__exit__()
+
+    def _begin(self) -> Future[Deployment]:
+        return self._pool.submit(self._form)
+
+    def _form(self) -> Deployment:
+        deployment = self._make()
+        deployment.__enter__()
+        return deployment
 
 
 def new_directory(parent: Path, name: str) -> Path:

@@ -20,9 +20,9 @@ from typing import Any
 
 import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
-from anyio_channels.redis.servers import OnRedis
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.redis.servers import OnRedis
 
 WORKERS = 3
 SINGLE = [f"single.{number}" for number in range(WORKERS)]

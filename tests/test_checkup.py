@@ -22,7 +22,7 @@ from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.redis import checkup
 from anyio_channels.redis.client import Link
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 
 @contextmanager
@@ -109,7 +109,7 @@ async def interrupt_at_each_command(
     assert number > 10
 
 
-@both
+@pytest.mark.diagonal(("kind",), [pytest.param(QUEUE, id="queue"), pytest.param(PUBSUB, id="pubsub")], start=1)
 async def test_interrupted_at_any_point(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of its commands a cancelled scope meets, nothing stays in Redis."""
 
@@ -122,7 +122,9 @@ async def test_interrupted_at_any_point(kind: Kind, tmp_path: Path, monkeypatch:
     await interrupt_at_each_command(kind, tmp_path, monkeypatch, run)
 
 
-@both
+@pytest.mark.parametrize(
+    "kind", [pytest.param(QUEUE, id="queue"), pytest.param(PUBSUB, id="pubsub", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_interrupted_by_asyncio_s_own_cancellation(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -421,15 +423,14 @@ async def test_each_right_that_is_missing_is_named(kind: Kind, tmp_path: Path) -
 
 @pytest.mark.slow
 @both
-async def test_each_right_that_is_missing_on_a_cluster_is_named(kind: Kind, tmp_path: Path) -> None:
+async def test_each_right_that_is_missing_on_a_cluster_is_named(kind: Kind, cluster: RedisCluster) -> None:
     """On the nodes of a cluster."""
-    with RedisCluster(tmp_path) as cluster:
 
-        def make(login: str) -> Any:
-            hosts = [url.replace("//", f"//{login}") for url in cluster.hosts]
-            return kind.layer_class(hosts, prefix="shop", cluster=True, connect_timeout=1.0, timeout=1.0)
+    def make(login: str) -> Any:
+        hosts = [url.replace("//", f"//{login}") for url in cluster.hosts]
+        return kind.layer_class(hosts, prefix="shop", cluster=True, connect_timeout=1.0, timeout=1.0)
 
-        await look_for_each_missing_right("shop-nodes" if kind is QUEUE else "shop-live-nodes", cluster.nodes, make)
+    await look_for_each_missing_right("shop-nodes" if kind is QUEUE else "shop-live-nodes", cluster.nodes, make)
 
 
 @pytest.mark.parametrize(

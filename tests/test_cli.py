@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import environment, run
+from command_line import environment, refused, run
 from redis_server import RedisServer, free_port
 
 from anyio_channels import __version__
@@ -45,7 +45,7 @@ def test_help_names_every_option() -> None:
     ],
 )
 def test_bad_layer_url(url: str, trouble: str) -> None:
-    result = run("demo", "--port", "0", "--layer", url)
+    result = refused("demo", "--port", "0", "--layer", url)
     assert result.returncode == 2
     assert result.stdout == ""
     assert "--layer" in result.stderr
@@ -128,7 +128,7 @@ def test_signal_while_redis_does_not_answer(backend: str, number: int) -> None:
     ("option", "value"), [("--port", "70000"), ("--port", "http"), ("--backend", "curio"), ("--nosuch", "1")]
 )
 def test_bad_option(option: str, value: str) -> None:
-    result = run("demo", option, value)
+    result = refused("demo", option, value)
     assert result.returncode == 2
     assert option in result.stderr
     assert "Traceback" not in result.stderr

@@ -23,6 +23,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from anyio_channels import BaseChannelLayer, ChannelFull, RedisChannelLayer, create_channel_layer
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 60.0
 DOCS = ROOT / "docs"
 PYTHON = [sys.executable, "-P", "-W", "error"]
@@ -345,21 +347,17 @@ def test_rights_suffice(server: RedisServer) -> None:
         use_on_both(f"redis+pubsub://shop-live:secret@{server.host}:{server.port}/0")
 
 
-def test_rights_suffice_on_a_cluster(tmp_path: Path) -> None:
+def test_rights_suffice_on_a_cluster(cluster: RedisCluster) -> None:
     """The same on a cluster."""
-    with (
-        RedisCluster(tmp_path) as cluster,
-        nothing_is_refused(cluster.nodes, "shop-nodes", "shop-live-nodes"),
-    ):
+    with nothing_is_refused(cluster.nodes, "shop-nodes", "shop-live-nodes"):
         nodes = ",".join(f"{node.host}:{node.port}" for node in cluster.nodes[:2])
         use_on_both(f"redis+cluster://shop-nodes:secret@{nodes}")
         use_on_both(f"redis+cluster+pubsub://shop-live-nodes:secret@{nodes}")
 
 
-def test_rights_suffice_with_sentinel(tmp_path: Path) -> None:
+def test_rights_suffice_with_sentinel(sentinels: Sentinels) -> None:
     """The same behind Sentinel, which is asked and listened to by a user of its own."""
     with (
-        Sentinels(tmp_path) as sentinels,
         nothing_is_refused(sentinels.servers, "shop", "shop-live"),
         nothing_is_refused(sentinels.sentinels, "shop-watch"),
     ):

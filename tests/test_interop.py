@@ -17,7 +17,7 @@ from redis_server import RedisServer
 
 from anyio_channels.redis.wire import Names
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 PATIENCE = 20.0
 MESSAGE = {"type": "chat.message", "text": "héllo", "list": [1, -5, 2.5, True, None], "dict": {"a": {"b": []}}}

@@ -23,6 +23,8 @@ from anyio_channels.log import EVENTS, LogEvent, Troubles
 from anyio_channels.redis.wire import Names
 from anyio_channels.sync import SyncChannelLayer
 
+pytestmark = pytest.mark.two_loops
+
 DOCS = Path(__file__).parent.parent / "docs" / "observability.md"
 PACKAGE = Path(anyio_channels.__file__).parent
 SECRET = "s3cret-pass"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -43,19 +42,7 @@ from anyio_channels.redis.queue.channels import QueueChannel, State
 from anyio_channels.redis.wire import Names
 from anyio_channels.testing import Check, contract_machine
 
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A cluster that no test disturbs."""
-    with RedisCluster(tmp_path_factory.mktemp("quiet")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A cluster of the test's own, to be damaged."""
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
+pytestmark = pytest.mark.two_loops
 
 
 def make(kind: Kind, hosts: Any, **options: Any) -> Any:
@@ -65,19 +52,19 @@ def make(kind: Kind, hosts: Any, **options: Any) -> Any:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "check"), CASES)
-async def test_layer_passes_on_a_cluster(kind: Kind, check: Check, quiet: RedisCluster) -> None:
-    """Each layer on a cluster keeps every clause that applies to it, on every backend."""
-    await check(kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True), kind.features)
+@pytest.mark.diagonal(("kind", "check"), CASES, start=2)
+async def test_layer_passes_on_a_cluster(kind: Kind, check: Check, quiet_cluster: RedisCluster) -> None:
+    """Each layer on a cluster keeps every clause that applies to it."""
+    await check(kind.factory(*quiet_cluster.nodes[:3], hosts=quiet_cluster.hosts, cluster=True), kind.features)
 
 
 @both
 @pytest.mark.slow
 def test_layer_on_a_cluster_matches_the_model(
-    kind: Kind, quiet: RedisCluster, anyio_backend: tuple[str, dict[str, Any]]
+    kind: Kind, quiet_cluster: RedisCluster, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:
     """Each layer on a cluster does what the plain-dict model does, on every backend."""
-    factory = kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True)
+    factory = kind.factory(*quiet_cluster.nodes[:3], hosts=quiet_cluster.hosts, cluster=True)
     run_state_machine_as_test(
         contract_machine(factory, *anyio_backend, features=kind.features),
         settings=settings(settings(), max_examples=5, stateful_step_count=30, suppress_health_check=list(HealthCheck)),
@@ -86,17 +73,19 @@ def test_layer_on_a_cluster_matches_the_model(
 
 @pytest.mark.anyio
 @both
-async def test_names_are_spread_and_all_arrive(kind: Kind, quiet: RedisCluster) -> None:
+async def test_names_are_spread_and_all_arrive(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """Process-specific channels, normal channels and groups arrive from any node; then no server has more than one connection."""
-    one = make(kind, quiet.hosts)
-    await pass_on_both(one, make(kind, quiet.hosts[1:], prefix=one.prefix), kind, 3)
-    assert repr(one).startswith(f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet.nodes[0].port}, ")
+    one = make(kind, quiet_cluster.hosts)
+    await pass_on_both(one, make(kind, quiet_cluster.hosts[1:], prefix=one.prefix), kind, 3)
+    assert repr(one).startswith(
+        f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet_cluster.nodes[0].port}, "
+    )
 
 
 @pytest.mark.anyio
-async def test_members_in_many_slots(quiet: RedisCluster) -> None:
+async def test_members_in_many_slots(quiet_cluster: RedisCluster) -> None:
     """A broadcast to members in many slots reaches each; who is full is counted; flushing empties every node."""
-    async with make(QUEUE, quiet.hosts, capacity=1) as layer, make(QUEUE, quiet.hosts) as stranger:
+    async with make(QUEUE, quiet_cluster.hosts, capacity=1) as layer, make(QUEUE, quiet_cluster.hosts) as stranger:
         channels = [f"member{number}" for number in range(30)]
         for channel in channels:
             await layer.group_add("room", channel)
@@ -108,16 +97,16 @@ async def test_members_in_many_slots(quiet: RedisCluster) -> None:
         await stranger.send("spared", {"n": 3})
         await layer.flush()
         assert await layer.group_channels("room") == set()
-        for node in quiet.nodes[:3]:
+        for node in quiet_cluster.nodes[:3]:
             with node.client() as client:
                 assert not [key for key in client.keys(f"{layer.prefix}*") if b"member" in key or b"group" in key]
         assert await stranger.receive("spared") == {"n": 3}
 
 
 @pytest.mark.anyio
-async def test_senders_who_wait(quiet: RedisCluster) -> None:
+async def test_senders_who_wait(quiet_cluster: RedisCluster) -> None:
     """send(wait=True) hears of room, in whatever slot."""
-    async with make(QUEUE, quiet.hosts, capacity=1) as layer:
+    async with make(QUEUE, quiet_cluster.hosts, capacity=1) as layer:
         for channel in ("a", "b", "c", "d"):
             await layer.send(channel, {"n": 0})
             async with create_task_group() as tg:
@@ -343,9 +332,9 @@ async def test_who_may_have_missed_something_is_told(kind: Kind, cluster: RedisC
 
 @pytest.mark.anyio
 @both
-async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
+async def test_connections_cut(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """All connections are killed: readers go on when they are back, and all that was sent before waits or is told of."""
-    async with make(kind, cluster.hosts) as layer, create_task_group() as tg:
+    async with make(kind, quiet_cluster.hosts) as layer, create_task_group() as tg:
         inbox = await tg.start(hold_inbox, layer, "room")
         got: list[Any] = []
 
@@ -354,7 +343,7 @@ async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
 
         tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
-        for node in cluster.nodes[:3]:
+        for node in quiet_cluster.nodes[:3]:
             with node.client() as client:
                 client.client_kill_filter(skipme=True, _type="normal")
                 client.client_kill_filter(skipme=True, _type="pubsub")
@@ -371,17 +360,17 @@ async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
 
 @pytest.mark.anyio
 @both
-async def test_opening(kind: Kind, quiet: RedisCluster, redis_server: RedisServer) -> None:
+async def test_opening(kind: Kind, quiet_cluster: RedisCluster, redis_server: RedisServer) -> None:
     """The first node may be gone; a server that is no cluster, a wrong password, nobody there: told within seconds."""
     gone = ("127.0.0.1", free_port())
-    async with make(kind, [gone, quiet.hosts[0]]) as layer:
+    async with make(kind, [gone, quiet_cluster.hosts[0]]) as layer:
         assert layer.statistics().connections == 3
     with pytest.raises(redis.exceptions.ResponseError, match="cluster support disabled"):
         await make(kind, [redis_server.url]).open()
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]} cannot be reached"):
         await make(kind, [gone], connect_timeout=0.3).open()
     with pytest.raises(redis.exceptions.AuthenticationError) as caught:
-        await make(kind, [f"redis://nobody:wr0ng@127.0.0.1:{quiet.nodes[0].port}"]).open()
+        await make(kind, [f"redis://nobody:wr0ng@127.0.0.1:{quiet_cluster.nodes[0].port}"]).open()
     assert "wr0ng" not in str(caught.value)
 
 
@@ -450,9 +439,9 @@ def other_owner(layer: Any, key: str) -> Any:
 
 @pytest.mark.anyio
 @both
-async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> None:
+async def test_a_map_that_is_out_of_date(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """Whatever a process does first after a change that it did not hear of, it is sent on."""
-    async with make(kind, quiet.hosts) as layer, make(kind, quiet.hosts, prefix=new_prefix()) as other:
+    async with make(kind, quiet_cluster.hosts) as layer, make(kind, quiet_cluster.hosts, prefix=new_prefix()) as other:
         topology = layer.options.router
         right = list(topology._owners)
         for number in range(3):
@@ -476,9 +465,9 @@ async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> Non
 
 
 @pytest.mark.anyio
-async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) -> None:
+async def test_what_a_cluster_says_twice_is_delivered_once(quiet_cluster: RedisCluster) -> None:
     """The same bytes, published twice, are one message: nodes that take over from each other do that."""
-    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
+    async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe() as inbox:
         payload = Marks().next() + packb({"n": 1})
         link = layer.options.router.owner("", inbox.channel)
         for _ in range(2):
@@ -489,9 +478,9 @@ async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) 
 
 
 @pytest.mark.anyio
-async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
+async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None:
     """A subscription that is asked for, restored or waited for at the wrong node, or given up meanwhile, ends where it should."""
-    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
+    async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe() as inbox:
         name = inbox.channel
         wrong = other_owner(layer, name)
         # Restored at the wrong node.
@@ -533,9 +522,9 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
 
 @pytest.mark.anyio
 @both
-async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisCluster) -> None:
+async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """A caller that waits for a node's connection is sent on when that node is not used any more."""
-    async with make(kind, quiet.hosts) as layer, create_task_group() as tg:
+    async with make(kind, quiet_cluster.hosts) as layer, create_task_group() as tg:
         topology = layer.options.router
         right = list(topology._owners)
         topology._owners = [topology.link_to("127.0.0.1", free_port())] * len(right)
@@ -557,9 +546,9 @@ async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisClust
 
 
 @pytest.mark.anyio
-async def test_what_is_heard_while_a_message_is_fetched(quiet: RedisCluster) -> None:
+async def test_what_is_heard_while_a_message_is_fetched(quiet_cluster: RedisCluster) -> None:
     """It makes another fetch follow, when the first found nothing."""
-    async with make(QUEUE, quiet.hosts) as layer, create_task_group() as tg:
+    async with make(QUEUE, quiet_cluster.hosts) as layer, create_task_group() as tg:
         got: list[Any] = []
 
         async def read() -> None:
@@ -581,9 +570,9 @@ async def test_what_is_heard_while_a_message_is_fetched(quiet: RedisCluster) -> 
 
 @pytest.mark.anyio
 @both
-async def test_a_prefix_with_a_tag(kind: Kind, quiet: RedisCluster) -> None:
+async def test_a_prefix_with_a_tag(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """All is on one node; the others are kept alive all the same."""
-    async with make(kind, quiet.hosts, prefix="{" + new_prefix() + "}", keep_alive=0.05) as layer:
+    async with make(kind, quiet_cluster.hosts, prefix="{" + new_prefix() + "}", keep_alive=0.05) as layer:
         async with layer.subscribe("room") as inbox:
             before = layer.statistics().commands
             await until(lambda: layer.statistics().commands > before + 12)
@@ -646,9 +635,9 @@ async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
+async def test_a_key_that_holds_something_else(quiet_cluster: RedisCluster) -> None:
     """Who reads it is told what Redis says; others go on, and so does it when the key is right again."""
-    async with make(QUEUE, quiet.hosts) as layer, layer.subscribe() as inbox, create_task_group() as tg:
+    async with make(QUEUE, quiet_cluster.hosts) as layer, layer.subscribe() as inbox, create_task_group() as tg:
         got: list[Any] = []
 
         async def read() -> None:
@@ -657,7 +646,7 @@ async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
         tg.start_soon(read)
         await until(lambda: session(layer).notices.blocked)
         key = Names(layer.prefix).channel(inbox.channel)
-        (node,) = [one for one in quiet.nodes if one.port == owning(layer, inbox.channel)]
+        (node,) = [one for one in quiet_cluster.nodes if one.port == owning(layer, inbox.channel)]
         with node.client() as client:
             client.set(key, "something else")
             with fail_after(PATIENCE), pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
@@ -684,12 +673,12 @@ async def tell(layer: Any, key: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_no_permission_to_listen(quiet: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_permission_to_listen(quiet_cluster: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A user who may not listen to where senders say that there is something: it is logged, once."""
-    for node in quiet.nodes:
+    for node in quiet_cluster.nodes:
         with node.client() as client:
             client.execute_command("ACL", "SETUSER", "deaf", "on", ">pass", "~*", "+@all", "resetchannels")
-    hosts = [url.replace("redis://", "redis://deaf:pass@") for url in quiet.hosts]
+    hosts = [url.replace("redis://", "redis://deaf:pass@") for url in quiet_cluster.hosts]
     async with make(QUEUE, hosts) as layer, create_task_group() as tg:
         tg.start_soon(layer.receive, "work")
         await until(lambda: any("readers wait in vain" in record.getMessage() for record in caplog.records))
@@ -717,9 +706,9 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
 
 
 @pytest.mark.anyio
-async def test_giving_back_to_a_node_that_is_just_found(quiet: RedisCluster) -> None:
+async def test_giving_back_to_a_node_that_is_just_found(quiet_cluster: RedisCluster) -> None:
     """A message that cannot be given back yet is kept for a reader here, and given back later."""
-    async with make(QUEUE, quiet.hosts) as layer:
+    async with make(QUEUE, quiet_cluster.hosts) as layer:
         await layer.send("work", {"n": 1})
         key = Names(layer.prefix).channel("work")
         slot = key_slot(key.encode())

@@ -24,7 +24,7 @@ from anyio_channels.redis.queue import room
 from anyio_channels.redis.servers import OnRedis
 from anyio_channels.redis.wire import Names
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 PATIENCE = 20.0
 
@@ -540,7 +540,7 @@ async def test_half_open(kind: Kind, server: RedisServer) -> None:
     """A connection that swallows everything is noticed by a layer that only listens, within keep_alive + timeout."""
     async with Proxy(server.host, server.port) as proxy:
         async with (
-            make(kind, proxy.url, keep_alive=0.2, timeout=0.2, connect_timeout=0.5) as layer,
+            make(kind, proxy.url, keep_alive=0.2, timeout=0.2) as layer,
             layer.subscribe("room") as inbox,
         ):
             await until(lambda: layer.statistics().connections == len(layer.options.router.running))
@@ -823,6 +823,28 @@ async def test_held_while_away(server: RedisServer) -> None:
             await until(lambda: client.zcard(Names(layer.prefix).channel("a")) == 2)
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
         assert layer.statistics().received == 3
+
+
+async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
+    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
+    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("a"))
+
+        tg.start_soon(read)
+        await until(lambda: layer.statistics().waiting_receivers == 1)
+        source = layer._channel("a")
+        for number in range(2):
+            entry = payload({"n": number}, b"%12d" % number)
+            layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
+        with layer._room:
+            taken = source.withdraw()
+        layer._give_back(layer._topology.links[0], source, taken)
+        await until(lambda: got == [{"n": 0}])
+        assert await layer.receive("a") == {"n": 1}
+        assert layer.statistics().received == 2
 
 
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,8 @@ from anyio_channels import (
 from anyio_channels.contract.layer import Life
 from anyio_channels.redis.wire import Names
 
+pytestmark = pytest.mark.two_loops
+
 PATIENCE = 20.0
 asynchronous = pytest.mark.anyio
 

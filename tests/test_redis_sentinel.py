@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,19 +16,7 @@ from anyio_channels.redis.client.address import SentinelAddress, parse_host, par
 from anyio_channels.redis.client.router import plain_router
 from anyio_channels.testing import Check
 
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A deployment that no test disturbs."""
-    with Sentinels(tmp_path_factory.mktemp("quiet")) as sentinels:
-        yield sentinels
-
-
-@pytest.fixture
-def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A deployment of the test's own, to be damaged."""
-    with Sentinels(tmp_path_factory.mktemp("sentinels")) as sentinels:
-        yield sentinels
+pytestmark = pytest.mark.two_loops
 
 
 def make(kind: Kind, *hosts: Any, **options: Any) -> Any:
@@ -37,17 +24,17 @@ def make(kind: Kind, *hosts: Any, **options: Any) -> Any:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "check"), CASES)
-async def test_layer_passes_behind_sentinels(kind: Kind, check: Check, quiet: Sentinels) -> None:
-    """Each layer behind Sentinel keeps every clause that applies to it, on every backend."""
-    await check(kind.factory(quiet.servers[0], hosts=[quiet.host]), kind.features)
+@pytest.mark.diagonal(("kind", "check"), CASES, start=1)
+async def test_layer_passes_behind_sentinels(kind: Kind, check: Check, quiet_sentinels: Sentinels) -> None:
+    """Each layer behind Sentinel keeps every clause that applies to it."""
+    await check(kind.factory(quiet_sentinels.servers[0], hosts=[quiet_sentinels.host]), kind.features)
 
 
 @pytest.mark.anyio
 @both
-async def test_mixed_with_a_plain_host(kind: Kind, quiet: Sentinels, redis_server: RedisServer) -> None:
+async def test_mixed_with_a_plain_host(kind: Kind, quiet_sentinels: Sentinels, redis_server: RedisServer) -> None:
     """One server is found by sentinels, the other named; names are spread over both."""
-    layer = make(kind, quiet.host, redis_server.url)
+    layer = make(kind, quiet_sentinels.host, redis_server.url)
     async with layer:
         owners = set()
         for number in range(20):
@@ -172,17 +159,17 @@ async def test_a_sentinel_that_hangs(sentinels: Sentinels, monkeypatch: pytest.M
 
 
 @pytest.mark.anyio
-async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
+async def test_what_sentinels_may_say(quiet_sentinels: Sentinels) -> None:
     """An unknown name, a replica in the place of the primary: the error names the primary and the rule."""
-    layer = make(QUEUE, {**quiet.host, "master_name": "other"}, connect_timeout=0.3)
+    layer = make(QUEUE, {**quiet_sentinels.host, "master_name": "other"}, connect_timeout=0.3)
     with pytest.raises(redis.exceptions.ConnectionError, match="Redis 'other' .*it knows no such primary"):
         await layer.open()
-    replica = quiet.servers[1]
+    replica = quiet_sentinels.servers[1]
 
     async def lag() -> tuple[str, int]:
         return replica.host, replica.port
 
-    layer = make(QUEUE, quiet.host, connect_timeout=0.3)
+    layer = make(QUEUE, quiet_sentinels.host, connect_timeout=0.3)
     layer.options.router.servers[0]._ask = lag
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{replica.port} .*is no primary at the moment"):
         await layer.open()
@@ -193,7 +180,7 @@ async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
     async with layer:
         assert doubting._doubted is None
     gone = ("127.0.0.1", free_port())
-    doubting._doubted = (quiet.servers[0].host, quiet.servers[0].port)
+    doubting._doubted = (quiet_sentinels.servers[0].host, quiet_sentinels.servers[0].port)
     assert await doubting._ask() == doubting._doubted  # they all say so
 
     async def away() -> tuple[str, int]:
@@ -206,9 +193,9 @@ async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_said_to_those_who_listen(quiet: Sentinels) -> None:
+async def test_what_is_said_to_those_who_listen(quiet_sentinels: Sentinels) -> None:
     """Only what is said of our primary counts, and only if it can be understood; the connection is kept alive."""
-    async with make(QUEUE, quiet.host, keep_alive=0.05) as layer:
+    async with make(QUEUE, quiet_sentinels.host, keep_alive=0.05) as layer:
         (watch,) = [link for link in layer.options.router.running if link not in layer.options.router.links]
         await until(lambda: watch.connection is not None)
         for said in (b"other 127.0.0.1 1 127.0.0.1 2", b"mymaster 127.0.0.1", b"mymaster a b c d", b""):

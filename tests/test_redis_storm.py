@@ -22,6 +22,8 @@ from anyio import fail_after
 from redis_server import RedisServer
 from storm_worker import GROUPS, INBOXES, NORMAL, PASSING, SHARED, SMALL, WORKERS, Books, Plan
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 30.0
 UNWANTED = ["buffered_messages", "waiting_receivers", "expired", "discarded", "dropped_unreadable", "reconnects"]
 BACKENDS = ["asyncio", "asyncio+uvloop", "trio"]
@@ -275,6 +277,7 @@ class Storm:
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("kind", ["queue", "pubsub"])
+@pytest.mark.slow
 def test_the_books_balance(server: RedisServer, kind: str, seed: int) -> None:
     """After the storm: what was sent was received or is still there, nothing twice, in order; nothing else is left."""
     storm = Storm(server, kind, seed, messages=1200)

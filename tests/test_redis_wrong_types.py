@@ -15,6 +15,7 @@ from anyio.abc import ByteStream
 from layers_on_redis import PATIENCE, PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import LOST, Listener, RedisServer
 
+from anyio_channels.doctor.survey import Survey
 from anyio_channels.redis.queue.scripts import (
     CLUSTERED,
     GROUP_ADD,
@@ -25,7 +26,6 @@ from anyio_channels.redis.queue.scripts import (
     SEND_WAITING,
     TICK,
 )
-from anyio_channels.doctor.survey import Survey
 
 pytestmark = pytest.mark.anyio
 

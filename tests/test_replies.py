@@ -8,12 +8,12 @@ from typing import Any
 
 import hiredis
 import pytest
-from anyio_channels.redis.queue.scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, POP, SEND, SEND_WAITING, TICK
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anyio_channels.redis.client import Script, replies
 from anyio_channels.redis.client.replies import Greeting, SlotRange
+from anyio_channels.redis.queue.scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, POP, SEND, SEND_WAITING, TICK
 
 WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 ERROR = hiredis.ReplyError("ERR in it")

@@ -18,7 +18,7 @@ from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.redis.servers import OnRedis
 from anyio_channels.redis.wire import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 
 async def look_at(layer: OnRedis) -> Look:

@@ -28,6 +28,8 @@ from anyio.lowlevel import checkpoint
 
 from anyio_channels.wsgi import WsgiToAsgi
 
+pytestmark = pytest.mark.two_loops
+
 PATIENCE = 20.0
 TEXT = [("Content-Type", "text/plain")]
 
