@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from anyio import CancelScope, ClosedResourceError, Event, move_on_after
 
+from .contract.layer import Inbox
 from .exceptions import ChannelFull, MessageTooLarge
 from .layers.base import (
     MESSAGE_VARIABLES,
@@ -27,7 +28,6 @@ from .layers.base import (
     Overflow,
     require_seconds,
 )
-from .contract.layer import Inbox
 from .portal import Portal
 
 __all__ = ["SyncChannelLayer", "SyncInbox"]

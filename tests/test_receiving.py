@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from ormsgpack import packb
 
+from anyio_channels import RedisChannelLayer
 from anyio_channels.local.waiting import Mailroom, Waiter
-from anyio_channels.log import Troubles
 from anyio_channels.redis.client import ConnectionLost
 from anyio_channels.redis.queue.channels import QueueChannel, QueueDirectory, State
 from anyio_channels.redis.queue.delivery import Delivery, Failure, Popped
 from anyio_channels.redis.queue.receiving import Receiving, Source
-from anyio_channels.redis.wire import PayloadCodec
 
 NAMES = ["left.a", "left.b", "right.a"]
 LOST = ConnectionLost("gone", may_have_run=False)
@@ -117,12 +116,10 @@ class PlayedRedis:
         self.later: list[Callable[[], object]] = []
         self.told: list[str] = []
         self.popping: dict[str, tuple[str, bytes, float]] = {}
-        mailroom = Mailroom(lambda: 0.0)
-        troubles = Troubles(lambda: 0.0, 60)
-        codec = PayloadCodec(2**20, None, random_prefix_length=12)
-        self.here = QueueDirectory(mailroom, lambda _: 100, lambda name: name, lambda _: None)
-        self.delivery = Delivery(self.here, codec, 60, troubles)
-        self.receiving = Receiving(self, self.delivery, troubles)
+        layer = RedisChannelLayer(prefix="", clock=lambda: 0.0)
+        self.here = QueueDirectory(Mailroom(lambda: 0.0), lambda _: 100, lambda name: name, lambda _: None)
+        self.delivery = Delivery(layer._setup, self.here)
+        self.receiving = Receiving(self, self.delivery, layer._setup.troubles)
         self.here.receiving = self.receiving
         self.numbers = itertools.count(1)
         self.lost: set[int] = set()

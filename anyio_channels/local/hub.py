@@ -93,7 +93,7 @@ class Transport(ABC):
     def unsubscribe(self, topic: str) -> None:
         """The topic is not wanted any more. Must not wait; what is subscribed to and given up is seen in that order."""
 
-    async def catch_up(self) -> None:
+    async def catch_up(self) -> None:  # noqa: B027 - not every transport can know it
         """Return when what was published before the call has been delivered here, if the transport can know that."""
 
 
@@ -295,22 +295,16 @@ class Hub(BaseChannelLayer):
 
         ``where``: what the log calls the topic, if not ``topic``.
         """
-        name = topic[len(_GROUP) :] if topic.startswith(_GROUP) else topic
+        name = topic.removeprefix(_GROUP)
         if name not in (self._here.channels if name is topic else self._here.groups):
             return
         try:
-            message = self._codec.decode_body(body)
-            excluded: frozenset[str] = frozenset()
-            if EXCLUDE_KEY in message:
-                names = message.pop(EXCLUDE_KEY)
-                if isinstance(names, list):
-                    excluded = frozenset(name for name in names if isinstance(name, str))
-                body = self._codec.encode_again(message)
+            message, excluded = self._decode_delivered(body)
+            if name is not topic:
+                self._deliver_to_group(name, self._codec.encode_again(message) if excluded else body, excluded)
+                return
         except Unreadable as why:
             self.drop_unreadable(topic if where is None else where, why)
-            return
-        if name is not topic:
-            self._deliver_to_group(name, body, excluded)
             return
         mailroom = self._mailroom
         rung: list[Waiter] = []
@@ -331,6 +325,14 @@ class Hub(BaseChannelLayer):
             self._troubles.note(CHANNEL_DROPPED, topic)
         if self._here.ended:
             self._unsubscribe()
+
+    def _decode_delivered(self, body: bytes) -> tuple[Message, frozenset[str]]:
+        """Return the message in ``body`` and the channels that are to miss it, or raise ``Unreadable``."""
+        message = self._codec.decode_body(body)
+        names = message.pop(EXCLUDE_KEY, None)
+        if not isinstance(names, list):
+            return message, frozenset()
+        return message, frozenset(name for name in names if isinstance(name, str))
 
     def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
         mailroom = self._mailroom
