@@ -319,6 +319,23 @@ def test_what_nobody_reads_goes_back(played: PlayedRedis, leaving: Callable[[Pla
     assert played.here_now() == []
 
 
+def test_what_one_of_two_readers_does_not_take(played: PlayedRedis) -> None:
+    """Two messages come for two readers, one of whom has left: the other gets the first, and the second goes back."""
+    sent = [played.put("left.a"), played.put("left.a")]
+    played.cut("left", LOST)
+    readers = [Reader(played.channel("left.a")) for _ in sent]
+    played.mend("left")
+    played.sources["left"].blocked.clear()
+    readers[0].channel.state = State.IDLE
+    played.receiving.begin(readers[0].channel)
+    readers[1].cancel()
+    played.answer("left")
+    readers[0].run()
+    played.settle()
+    assert number(readers[0].got.entry) == sent[0]
+    assert list(played.queues["left.a"].values()) == [sent[1]]
+
+
 @pytest.mark.parametrize("tidied", [False, True])
 def test_a_pop_for_a_reader_who_left(played: PlayedRedis, tidied: bool) -> None:
     """The blocking pop has taken a message when its reader leaves: it goes back."""

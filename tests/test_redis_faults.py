@@ -825,28 +825,6 @@ async def test_held_while_away(server: RedisServer) -> None:
         assert layer.statistics().received == 3
 
 
-async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
-    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
-    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
-        got: list[Any] = []
-
-        async def read() -> None:
-            got.append(await layer.receive("a"))
-
-        tg.start_soon(read)
-        await until(lambda: layer.statistics().waiting_receivers == 1)
-        source = layer._channel("a")
-        for number in range(2):
-            entry = payload({"n": number}, b"%12d" % number)
-            layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
-        with layer._room:
-            taken = source.withdraw()
-        layer._give_back(layer._topology.links[0], source, taken)
-        await until(lambda: got == [{"n": 0}])
-        assert await layer.receive("a") == {"n": 1}
-        assert layer.statistics().received == 2
-
-
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A message that Redis does not take back is counted as discarded, and logged."""
     async with make(QUEUE, server.url) as layer:
