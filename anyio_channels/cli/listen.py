@@ -18,8 +18,7 @@ import click
 from anyio import create_task_group, move_on_after
 from rich.text import Text
 
-from anyio_channels.layers import BaseChannelLayer
-from anyio_channels.layers.base import Message
+from anyio_channels.contract.layer import BaseChannelLayer, Message
 
 from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, note, render, to_json, to_text, watch_reader, write

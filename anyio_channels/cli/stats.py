@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from anyio_channels.layers import BaseChannelLayer
+from anyio_channels.contract.layer import BaseChannelLayer
 
 from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, is_terminal, printable, render, to_json, write
@@ -101,7 +101,7 @@ async def _stats(
     once: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
 ) -> int:
-    from anyio_channels.layers.redis.survey import Survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.doctor.survey import Survey  # noqa: PLC0415 - an optional extra
 
     screen = console()
     is_live = is_terminal() and not (screen.is_dumb_terminal or once or as_json)

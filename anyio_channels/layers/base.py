@@ -9,6 +9,7 @@ from anyio_channels.contract.layer import (
     OnGap,
     Overflow,
 )
+from anyio_channels.contract.message import SerializerFormat
 from anyio_channels.contract.options import require_choice, require_count, require_seconds
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Message",
     "OnGap",
     "Overflow",
+    "SerializerFormat",
     "require_choice",
     "require_count",
     "require_seconds",
