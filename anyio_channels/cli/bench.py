@@ -124,7 +124,7 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
 
 async def _measure_redis(choice: Choice, layer: Any, seconds: float, progress: Progress) -> list[_Result]:
     """Measure a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
-    make = partial(choice.make_layer_apart, f"{layer.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
+    make = partial(choice.make_layer_apart, f"{layer.options.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
     try:
         async with opened(make(), choice) as own:
             return await _measure_all(choice.shown.partition("://")[0], own, _IN_REDIS, seconds, progress)

@@ -179,12 +179,14 @@ def _change(now: int | None, before: int | None, seconds: float) -> float | None
 def _tables(choice: Choice, layer: Any, values: dict[str, Any]) -> Group:
     kind = "queue" if keeps_messages(layer) else "pub/sub"
     at = time.strftime("%H:%M:%S", time.localtime(values["at"]))
-    parts: list[Any] = [Text(f"{choice.shown}  {kind} layer, prefix {layer.prefix!r}  {at}", style="bold")]
+    parts: list[Any] = [Text(f"{choice.shown}  {kind} layer, prefix {layer.options.prefix!r}  {at}", style="bold")]
     parts += [
         Text(printable(f"{one['error']}"), style="bold red") for one in values["servers"] if one["error"] is not None
     ]
     parts.append(_row({name: values[name] for name in ("channels", "depth", "groups", "members", "drops")}))
-    ours = ("zadd", "zpopmin", "bzpopmin") if kind == "queue" else ("spublish",) if layer.cluster else ("publish",)
+    ours = (
+        ("zadd", "zpopmin", "bzpopmin") if kind == "queue" else ("spublish",) if layer.options.cluster else ("publish",)
+    )
     calls = {name.upper(): values["calls_per_second"][name] for name in ours}
     parts.append(
         _row(
