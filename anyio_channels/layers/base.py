@@ -1,7 +1,6 @@
 """The import path of ``fast_channels.layers.base``."""
 
 from anyio_channels.contract.layer import (
-    MESSAGE_VARIABLES,
     BaseChannelLayer,
     ChannelLayerStatistics,
     Inbox,
@@ -10,10 +9,8 @@ from anyio_channels.contract.layer import (
     Overflow,
 )
 from anyio_channels.contract.message import SerializerFormat
-from anyio_channels.contract.options import require_choice, require_count, require_seconds
 
 __all__ = [
-    "MESSAGE_VARIABLES",
     "BaseChannelLayer",
     "ChannelLayerStatistics",
     "Inbox",
@@ -21,7 +18,4 @@ __all__ = [
     "OnGap",
     "Overflow",
     "SerializerFormat",
-    "require_choice",
-    "require_count",
-    "require_seconds",
 ]
