@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Final
 
 __all__ = ["ChannelSeen", "GroupSeen", "Look", "Rates", "ServerSeen"]
@@ -99,7 +100,7 @@ class Look:
         """Return what happened a second since ``before``."""
         pairs = [(one, other) for one in before.servers for other in self.servers if one.name == other.name]
         return Rates(
-            {name: _rate(pairs, lambda server, name=name: server.called(name)) for name in _COUNTED},
+            {name: _rate(pairs, methodcaller("called", name)) for name in _COUNTED},
             _rate(pairs, lambda server: server.number("evicted_keys")),
             _rate(pairs, lambda server: server.number("client_output_buffer_limit_disconnections")),
         )
