@@ -126,8 +126,8 @@ class Trials:
         many = [self._run("ZADD", key, 0, entry), self._run("BZMPOP", _BRIEFLY, 1, key, "MIN")]
         return [
             self._call(SEND, [key], entry, 10, _SECONDS),
-            self._call(POP, [key, room], 1, _SECONDS),
-            self._call(POP, [key, room], 1, _SECONDS),  # by its digest now
+            self._call(POP, [key, room], 1, _SECONDS, 0),
+            self._call(POP, [key, room], 1, _SECONDS, 0),  # by its digest now
             self._call(GROUP_SEND, [key], _SECONDS, 10, entry),
             self._run("BZPOPMIN", key, _BRIEFLY),
             self._run("CLIENT", "ID"),
