@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
 
-from anyio_channels import InMemoryChannelLayer, RedisPubSubChannelLayer, create_channel_layer
+from anyio_channels import (
+    InMemoryChannelLayer,
+    RedisChannelLayer,
+    RedisPubSubChannelLayer,
+    create_channel_layer,
+    create_redis_channel_layer,
+)
 from anyio_channels.urls import register_scheme
 
 
@@ -90,6 +97,28 @@ def test_each_option_of_a_layer_is_one_of_its_urls() -> None:
         create_channel_layer("redis://h?on_reconnect=1")
     with pytest.raises(TypeError, match="unknown option 'hosts'"):
         create_channel_layer("redis://h", hosts=[])
+
+
+def test_urls_of_redis() -> None:
+    """The scheme chooses the layer, and a cluster; an option of the other layer is told apart from a misspelt one."""
+    assert type(create_redis_channel_layer("redis://h?random_prefix_length=16", default=str)) is RedisChannelLayer
+    for url in ("memory://", "redis+pubsub://h"):
+        with pytest.raises(ValueError, match="a URL of the queue layer begins with"):
+            create_redis_channel_layer(url)
+    assert create_redis_channel_layer("redis+cluster://a,b").options.cluster
+    assert not create_redis_channel_layer("redis://a,b").options.cluster
+    with pytest.raises(
+        TypeError, match="'random_prefix_length' is one of the queue layer; the pub/sub layer has no such"
+    ):
+        create_channel_layer("redis+pubsub://h?random_prefix_length=5")
+
+
+def test_a_layer_whose_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the redis package, the error says what to install, and other layers can be made."""
+    monkeypatch.setitem(sys.modules, "anyio_channels.redis.client", None)
+    with pytest.raises(ImportError, match=r"a unix\+pubsub:// channel layer .*: pip install 'anyio_channels\[redis\]'"):
+        create_channel_layer("unix+pubsub:///run/redis.sock")
+    assert isinstance(create_channel_layer("memory://"), InMemoryChannelLayer)
 
 
 # Schemes of others. What is registered stays, so each test has a scheme of its own.

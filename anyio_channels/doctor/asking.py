@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -17,6 +18,7 @@ __all__ = ["ask_all", "ask_server", "scan", "why"]
 _AT_ONCE: Final = 1000
 """How many commands are in flight at once, and how many keys one SCAN looks at."""
 _SECTIONS: Final = ("server", "clients", "memory", "persistence", "stats", "replication", "cluster", "commandstats")
+_CALLS: Final = re.compile(r"calls=(\d+)")
 
 
 async def ask_all(
@@ -59,11 +61,11 @@ async def ask_server(link: Link) -> ServerSeen:
     for section in sections:
         if not isinstance(section, Exception):
             info |= section
-    calls: dict[str, int] = {}
-    for name, text in {}.items() if isinstance(stats, Exception) else stats.items():
-        count = text.partition("calls=")[2].partition(",")[0]
-        if count.isdecimal():
-            calls[name.removeprefix("cmdstat_")] = int(count)
+    calls = {
+        name.removeprefix("cmdstat_"): int(found[1])
+        for name, text in ({} if isinstance(stats, Exception) else stats).items()
+        if (found := _CALLS.search(text))
+    }
     return ServerSeen(link.name, None, at, info, calls)
 
 
