@@ -272,4 +272,4 @@ async def test_a_layer_that_is_open(redis_server: RedisServer) -> None:
 
 def test_survey_is_of_a_layer() -> None:
     """Before it is opened there is no server to be asked."""
-    assert Survey(RedisChannelLayer(["redis://localhost"])).router.links == []
+    assert Survey(RedisChannelLayer(["redis://localhost"])).links == []

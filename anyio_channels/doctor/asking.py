@@ -18,7 +18,7 @@ __all__ = ["ask_all", "ask_server", "scan", "why"]
 _AT_ONCE: Final = 1000
 """How many commands are in flight at once, and how many keys one SCAN looks at."""
 _SECTIONS: Final = ("server", "clients", "memory", "persistence", "stats", "replication", "cluster", "commandstats")
-_CALLS: Final = re.compile(r"calls=(\d+)")
+_CALLS: Final = re.compile(r"calls=([0-9]+)")
 
 
 async def ask_all(

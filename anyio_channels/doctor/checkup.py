@@ -85,7 +85,7 @@ class _Checkup:
 
     async def _reach(self) -> list[Link]:
         """Connect to all servers at the same time; return the links that are up."""
-        links = self._survey.router.links
+        links = self._survey.links
         errors = dict(await try_each(Link.opened, links))
         for link in links:
             error = errors[link]

@@ -74,13 +74,18 @@ class Survey(AsyncContextManagerMixin):
         with scope:
             await self.router.run()
 
+    @property
+    def links(self) -> list[Link]:
+        """The links to all servers that there are now; none before the block."""
+        return list(self.router.links)
+
     async def require(self) -> None:
         """Wait until the servers are reached. Raises as opening the layer does: if none is, or one refuses."""
         await self.router.reached()
 
     async def look(self) -> Look:
         """Look at everything once. Takes time in proportion to all keys of the database."""
-        parts = await at_each(self._look_at, self.router.links)
+        parts = await at_each(self._look_at, self.links)
         return Look(
             tuple(sorted((one for part in parts for one in part.channels), key=lambda one: one.name)),
             tuple(sorted((one for part in parts for one in part.groups), key=lambda one: one.name)),
@@ -112,7 +117,7 @@ class Survey(AsyncContextManagerMixin):
             found = await scan(link, glob_escaped(self.names.prefix) + "*")
             await ask_all(link, [("UNLINK", key) for key in found])
 
-        await at_each(erase_there, self.router.links)
+        await at_each(erase_there, self.links)
 
     # One server
 
