@@ -441,6 +441,12 @@ class Hub(BaseChannelLayer):
                 return self._decode(item)
             return item if item.__class__ is dict else source.gap_message(item)
 
+    async def _listen(self, channel: str) -> None:
+        """Do what ``receive`` begins with. What is sent to ``channel`` from then on comes, if the transport is there."""
+        source = self._find(channel)
+        if self._transport is not None and not source.attended:
+            await self._attend(self._transport, source)
+
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""
         await self._check_in(0)
