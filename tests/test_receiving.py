@@ -533,9 +533,9 @@ class ReceivingMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def pop(self, name: str) -> None:
         source = self.redis.sources[self.redis.side(name)]
-        if name in source.blocked and self.redis.queues[name] and not source.must_stop:
-            if source.side not in self.redis.popping:
-                self.redis.begin_pop(name)
+        is_popping = source.side in self.redis.popping
+        if name in source.blocked and self.redis.queues[name] and not source.must_stop and not is_popping:
+            self.redis.begin_pop(name)
 
     @rule(side=st.sampled_from(["left", "right"]))
     def end_pop(self, side: str) -> None:
