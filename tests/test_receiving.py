@@ -459,7 +459,7 @@ def test_while_redis_is_away_readers_block(played: PlayedRedis) -> None:
     played.pop("left.a")
     reader.run()
     assert number(reader.got.entry) == sent
-    assert reader.channel.state is State.IDLE
+    assert played.channel("left.a").state is State.IDLE
 
 
 @pytest.mark.parametrize("moment", ["fetching", "popping", "here"])

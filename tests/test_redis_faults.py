@@ -16,12 +16,23 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
 from cryptography.fernet import Fernet
-from layers_on_redis import PUBSUB, QUEUE, Kind, arrives, both, events, new_prefix, popper, session, subscriptions
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    LayerOnRedis,
+    arrives,
+    both,
+    events,
+    new_prefix,
+    popper,
+    session,
+    subscriptions,
+)
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.redis.queue import room
-from anyio_channels.redis.servers import OnRedis
 from anyio_channels.redis.wire import Names
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
@@ -43,7 +54,7 @@ async def until(condition: Callable[[], object]) -> None:
             await anyio.sleep(0.002)
 
 
-async def until_answered(layer: OnRedis) -> None:
+async def until_answered(layer: LayerOnRedis) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
     connection = layer.options.router.links[0].connection
     assert connection is not None
@@ -61,7 +72,7 @@ def make(kind: Kind, url: str, **options: Any) -> Any:
 class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
-    def __init__(self, sender: OnRedis, inbox: Any) -> None:
+    def __init__(self, sender: LayerOnRedis, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
