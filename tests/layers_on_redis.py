@@ -21,7 +21,7 @@ from anyio_channels.layers.base import BaseChannelLayer
 from anyio_channels.layers.redis.pop import Popper
 from anyio_channels.testing import CHECKS, Clock, Features, LayerFactory
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 _numbers = itertools.count()
 
 
