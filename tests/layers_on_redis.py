@@ -27,7 +27,7 @@ from anyio_channels.redis.queue.session import Session
 from anyio_channels.redis.wire import Names
 from anyio_channels.testing import CHECKS, Clock, Features, LayerFactory
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 LayerOnRedis: TypeAlias = RedisChannelLayer | RedisPubSubChannelLayer
 _numbers = itertools.count()
 
