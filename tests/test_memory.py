@@ -258,6 +258,46 @@ async def test_waiting_senders_and_those_who_do_not_wait(layer: InMemoryChannelL
     assert [layer.receive_nowait("a")["n"] for _ in range(5)][:2] == [9, 1]
 
 
+async def test_a_full_channel_accepts_at_the_moment_its_messages_expire(
+    layer: InMemoryChannelLayer, clock: Clock
+) -> None:
+    """What has expired takes no room, however much else fell due at the same time and has not been looked at."""
+    for number in range(20):
+        layer.send_nowait(f"other.{number}", {})
+    for _ in range(5):
+        layer.send_nowait("a", {})
+    clock.advance(10)
+    layer.send_nowait("a", {"n": 1})
+    assert layer.receive_nowait("a") == {"n": 1}
+
+
+@pytest.mark.parametrize("by", ["receiving", "expiry"])
+async def test_a_sender_who_waits_is_not_overtaken(by: str, layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Room belongs to whoever waited first, also between the moment it is made and the moment that sender runs again."""
+    layer = InMemoryChannelLayer(clock=clock, capacity=1, expiry=10)
+    for _ in range(2):  # the sender that comes later gives way in one of many calls: at most once here
+        got: list[Any] = []
+        begin = anyio.Event()
+
+        async def read(got: list[Any] = got, begin: anyio.Event = begin) -> None:
+            await begin.wait()
+            got += [await layer.receive("a"), await layer.receive("a")]
+
+        layer.send_nowait("a", {"n": 0})
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(read)
+            tg.start_soon(lambda: layer.send("a", {"n": 1}, wait=True))
+            await anyio.wait_all_tasks_blocked()
+            begin.set()
+            if by == "receiving":
+                layer.receive_nowait("a")
+            else:
+                clock.advance(10)
+            with anyio.fail_after(10):
+                await layer.send("a", {"n": 2}, wait=True)
+        assert got == [{"n": 1}, {"n": 2}]
+
+
 async def test_flush_and_expiry_make_room_for_waiting_senders(layer: InMemoryChannelLayer, clock: Clock) -> None:
     """Room that comes without a receive is given to senders that wait: by a flush, and by expiry."""
 
@@ -349,6 +389,30 @@ async def test_members_that_expire_and_come_again(layer: InMemoryChannelLayer, c
         await layer.group_discard("group", inbox.channel)
         assert await layer.group_channels("group") == set()
     assert not layer._here.groups
+
+
+async def test_a_renewed_membership_does_not_hold_up_the_others(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Whoever joins again expires later than those who joined meanwhile, and they expire in their own time."""
+    await layer.group_add("group", "a")
+    clock.advance(10)
+    await layer.group_add("group", "b")
+    clock.advance(50)
+    await layer.group_add("group", "a")
+    clock.advance(50)
+    assert await layer.group_channels("group") == {"a"}
+    assert layer.statistics().members == 1
+
+
+async def test_a_group_in_which_nothing_could_expire_for_a_while(layer: InMemoryChannelLayer, clock: Clock) -> None:
+    """Memberships expire by themselves in a group that had none of that kind for so long that it was forgotten."""
+    async with layer.subscribe("group"):
+        await layer.group_add("group", "a")
+        await layer.group_discard("group", "a")
+        for number in range(2000):
+            layer.send_nowait(f"other.{number}", {})
+        await layer.group_add("group", "a")
+        clock.advance(100)
+        assert layer.statistics().members == 1
 
 
 async def test_a_group_of_someone_else_is_no_trace(layer: InMemoryChannelLayer, clock: Clock) -> None:
