@@ -324,7 +324,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/client/sentinel.py",
-        "not isinstance(told, Exception) and told != self._doubted",
+        "not isinstance(told, Exception) and told != self.doubted",
         "not isinstance(told, Exception)",
         "a sentinel that lags behind is not believed twice",
         f"{_SENTINEL} -k 'say or said'",
@@ -740,7 +740,9 @@ def main(arguments: Sequence[str]) -> int:
         mutant = MUTANTS[number - 1]
         begun = time.monotonic()
         result, why = verdict(mutant)
-        say(f"{number:3} {result:14} {time.monotonic() - begun:4.0f} s  {mutant.place or '*'}: {mutant.promise}\n    {why}")
+        say(
+            f"{number:3} {result:14} {time.monotonic() - begun:4.0f} s  {mutant.place or '*'}: {mutant.promise}\n    {why}"
+        )
         if result != "caught":
             wrong.append(number)
     say(f"{len(numbers) - len(wrong)} of {len(numbers)} caught" + (f"; look at {wrong}" if wrong else ""))

@@ -9,7 +9,8 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Clock
+from conftest import Clock, here
+from ormsgpack import unpackb
 
 from anyio_channels import ChannelFull, InMemoryChannelLayer, MessagesLost
 from anyio_channels.layers.memory import channel_layer
@@ -87,7 +88,7 @@ async def test_a_hundred_thousand_unread_channels_leave_nothing(clock: Clock) ->
     clock.advance(10)
     counts = layer.statistics()
     assert (counts.channels, counts.buffered_messages, counts.expired) == (0, 0, 100_000)
-    assert len(layer._here.channels) == len(layer._mailroom.index) == 0
+    assert len(here(layer).channels) == len(here(layer).mailroom.index) == 0
 
 
 async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
@@ -99,7 +100,7 @@ async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
     for _ in range(1000):
         layer.send_nowait("busy", {})
         layer.receive_nowait("busy")
-    assert set(layer._here.channels) == {"busy"}
+    assert set(here(layer).channels) == {"busy"}
 
 
 async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
@@ -116,8 +117,8 @@ async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
             await layer.group_discard(f"group.{number}", name)
         counts = layer.statistics()
         assert (counts.channels, counts.groups, counts.members) == (1, 1, 1)
-        assert len(layer._here.channels) < 3000
-        assert len(layer._mailroom.index) < 5000
+        assert len(here(layer).channels) < 3000
+        assert len(here(layer).mailroom.index) < 5000
 
 
 async def test_a_wait_that_is_cancelled_again_and_again_leaves_nothing(layer: InMemoryChannelLayer) -> None:
@@ -126,7 +127,7 @@ async def test_a_wait_that_is_cancelled_again_and_again_leaves_nothing(layer: In
         with anyio.move_on_after(0):
             await layer.receive("a")
     assert layer.statistics().waiting_receivers == 0
-    assert layer._here.channels["a"].idle
+    assert here(layer).channels["a"].idle
 
 
 async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
@@ -134,7 +135,7 @@ async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
     for number in range(100):
         await layer.group_add("group", f"a.{number}")
     await layer.group_send("group", {"text": "x" * 1000})
-    held = {id(channel.entries[0][1]) for channel in layer._here.channels.values()}
+    held = {id(channel.entries[0][1]) for channel in here(layer).channels.values()}
     assert len(held) == 1
 
 
@@ -358,7 +359,7 @@ async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLaye
             channel = original(name)
             if not dropped:
                 dropped = True
-                layer._here.forget(channel)
+                here(layer).forget(channel)
             return channel
 
         monkeypatch.setattr(layer, "_find", get)
@@ -388,7 +389,7 @@ async def test_members_that_expire_and_come_again(layer: InMemoryChannelLayer, c
         assert await layer.group_channels("group") == {inbox.channel}
         await layer.group_discard("group", inbox.channel)
         assert await layer.group_channels("group") == set()
-    assert not layer._here.groups
+    assert not here(layer).groups
 
 
 async def test_a_renewed_membership_does_not_hold_up_the_others(layer: InMemoryChannelLayer, clock: Clock) -> None:
@@ -447,14 +448,14 @@ async def test_a_coroutine_thrown_away_gives_back(layer: InMemoryChannelLayer) -
     else:
         reader.close()
     layer.send_nowait("a", {"n": 1})
-    layer._mailroom.lock.acquire()  # as if the collection ran within a locked section
+    here(layer).mailroom.lock.acquire()  # as if the collection ran within a locked section
     try:
         reader.close()
-        assert bool(layer._mailroom.abandoned) == (waiting is not None)
+        assert bool(here(layer).mailroom.abandoned) == (waiting is not None)
     finally:
-        layer._mailroom.lock.release()
+        here(layer).mailroom.lock.release()
     gc.collect()
-    layer._mailroom.wake([])
+    here(layer).mailroom.wake([])
     assert layer.receive_nowait("a") == {"n": 1}
     assert layer.statistics().waiting_receivers == 0
 
@@ -507,7 +508,7 @@ async def test_time_may_be_fractions(clock: Clock) -> None:
     clock.advance(0.3)
     assert await layer.group_channels("group") == set()
     layer.statistics()
-    assert math.isinf(layer._mailroom.index.next_due)
+    assert math.isinf(here(layer).mailroom.index.next_due)
 
 
 async def test_an_expired_message_in_front_of_a_fresh_one(layer: InMemoryChannelLayer, clock: Clock) -> None:
@@ -544,7 +545,7 @@ async def test_errors_of_the_clock_pass(layer: InMemoryChannelLayer) -> None:
 
 async def test_a_message_that_comes_before_the_wait(layer: InMemoryChannelLayer) -> None:
     """Another thread may send between a reader's look and its wait: it does not wait then, and makes room for others."""
-    channel = layer._find("a")
+    channel = here(layer).find("a")
     for number in range(5):
         layer.send_nowait("a", {"n": number})
     async with anyio.create_task_group() as tg:
@@ -552,7 +553,7 @@ async def test_a_message_that_comes_before_the_wait(layer: InMemoryChannelLayer)
         await anyio.wait_all_tasks_blocked()
         item = await channel.take()
         assert isinstance(item, bytes)
-        assert layer._decode(item) == {"n": 0}
+        assert unpackb(item) == {"n": 0}
     assert [layer.receive_nowait("a")["n"] for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
@@ -568,9 +569,9 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
             tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
         layer.send_nowait("a", {"n": 1})
-        promised = next(iter(layer._here.channels["a"]._readers or ()))
-        with layer._mailroom:
-            layer._mailroom.abandon(promised)  # the second, who still waits
+        promised = next(iter(here(layer).channels["a"]._readers or ()))
+        with here(layer).mailroom:
+            here(layer).mailroom.abandon(promised)  # the second, who still waits
         tg.cancel_scope.cancel()
     assert layer.statistics().waiting_receivers == 0
 

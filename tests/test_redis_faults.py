@@ -15,8 +15,21 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
+from conftest import here
 from cryptography.fernet import Fernet
-from layers_on_redis import PUBSUB, QUEUE, Kind, arrives, both, events, new_prefix, popper, session, subscriptions
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    arrive,
+    arrives,
+    both,
+    events,
+    new_prefix,
+    popper,
+    session,
+    subscriptions,
+)
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
@@ -835,13 +848,9 @@ async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
 
         tg.start_soon(read)
         await until(lambda: layer.statistics().waiting_receivers == 1)
-        source = layer._channel("a")
-        for number in range(2):
-            entry = payload({"n": number}, b"%12d" % number)
-            layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
-        with layer._room:
-            taken = source.withdraw()
-        layer._give_back(layer._topology.links[0], source, taken)
+        now = time.time()
+        entries = [(payload({"n": number}, b"%12d" % number), now + number / 1000) for number in range(2)]
+        arrive(layer, session(layer).here.find("a"), entries)
         await until(lambda: got == [{"n": 0}])
         assert await layer.receive("a") == {"n": 1}
         assert layer.statistics().received == 2
@@ -981,8 +990,8 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
                 subscriptions(layer).restore, layer.options.router.links[0], layer.options.router.links[0].connection
             )
             tg.start_soon(read, "dropped")
-            await until(lambda: "dropped" in layer._here.channels)
-            layer._here.forget(layer._here.channels["dropped"])
+            await until(lambda: "dropped" in here(layer).channels)
+            here(layer).forget(here(layer).channels["dropped"])
         server.resume()
         with server.client() as client:
             await until(lambda: set(client.pubsub_channels("*")) == {b"cut", b"dropped"})
