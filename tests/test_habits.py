@@ -1,4 +1,4 @@
-"""Habits of the tests themselves."""
+"""Habits of the tests themselves, and the list of mistakes that they must notice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS, DoesNotApplyError, find
 
 import anyio_channels
 
@@ -94,3 +95,14 @@ def test_tests_read_what_users_can_read() -> None:
 def test_what_counts(line: str, counts: bool) -> None:
     """What another object of the package keeps to itself, and nothing else."""
     assert bool(private_lines(line, {"_here", "_METRICS"})) is counts
+
+
+def test_the_list_of_mutants_is_up_to_date() -> None:
+    """Each mistake of ``mutants.py`` can still be made: what it replaces is in the package, once."""
+    behind: list[str] = []
+    for number, mutant in enumerate(MUTANTS, 1):
+        try:
+            find(mutant, PACKAGE)
+        except DoesNotApplyError as error:
+            behind.append(f"{number} ({mutant.promise}): {error}")
+    assert not behind, "mend tests/mutants.py:\n" + "\n".join(behind)

@@ -14,6 +14,7 @@ from ormsgpack import unpackb
 
 from anyio_channels import ChannelFull, InMemoryChannelLayer, MessagesLost
 from anyio_channels.layers.memory import channel_layer
+from anyio_channels.local.waiting import Waiter
 
 pytestmark = pytest.mark.anyio
 
@@ -557,6 +558,13 @@ async def test_a_message_that_comes_before_the_wait(layer: InMemoryChannelLayer)
     assert [layer.receive_nowait("a")["n"] for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
+def first_in_line(layer: InMemoryChannelLayer) -> Waiter:
+    """The first of those who wait for a message and were promised none."""
+    readers = here(layer).channels["a"]._readers
+    assert readers
+    return next(iter(readers))
+
+
 async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: InMemoryChannelLayer) -> None:
     """What gave up within a locked section is given back when the section ends."""
     got: list[Any] = []
@@ -569,9 +577,29 @@ async def test_a_coroutine_thrown_away_during_a_call_of_its_own_thread(layer: In
             tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
         layer.send_nowait("a", {"n": 1})
-        promised = next(iter(here(layer).channels["a"]._readers or ()))
         with here(layer).mailroom:
-            here(layer).mailroom.abandon(promised)  # the second, who still waits
+            here(layer).mailroom.abandon(first_in_line(layer))  # the second, who still waits
+        tg.cancel_scope.cancel()
+    assert layer.statistics().waiting_receivers == 0
+
+
+async def test_a_promise_given_up_during_a_call_of_ones_own_thread(layer: InMemoryChannelLayer) -> None:
+    """What gave up within a locked section, and was promised a message, leaves it to the next as soon as the section ends."""
+    got: list[Any] = []
+
+    async def read(number: int) -> None:
+        got.append((number, await layer.receive("a")))
+
+    async with anyio.create_task_group() as tg:
+        for number in range(2):
+            tg.start_soon(read, number)
+            await anyio.wait_all_tasks_blocked()
+        first = first_in_line(layer)
+        layer.send_nowait("a", {"n": 1})
+        with here(layer).mailroom:
+            here(layer).mailroom.abandon(first)
+        await anyio.wait_all_tasks_blocked()
+        assert got == [(1, {"n": 1})]
         tg.cancel_scope.cancel()
     assert layer.statistics().waiting_receivers == 0
 
@@ -618,6 +646,35 @@ async def test_time_outs_of_asyncio(layer: InMemoryChannelLayer) -> None:
     assert [message["n"] for message in got] == list(range(300))
 
 
+@pytest.mark.parametrize("by", ["reader", "sender"])
+async def test_what_was_promised_to_one_who_is_cancelled_goes_to_the_next(by: str, layer: InMemoryChannelLayer) -> None:
+    """asyncio's own cancellation may strike between a call and its answer: then the next in the line is called."""
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return  # on trio, whoever was called is not cancelled any more
+    ended: list[str] = []
+
+    async def wait(name: str) -> None:
+        await (layer.receive("a") if by == "reader" else layer.send("a", {}, wait=True))
+        ended.append(name)
+
+    if by == "sender":
+        for _ in range(5):
+            layer.send_nowait("a", {})
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tg:
+            first = asyncio.ensure_future(wait("first"))
+            await anyio.wait_all_tasks_blocked()
+            tg.start_soon(wait, "second")
+            await anyio.wait_all_tasks_blocked()
+            if by == "reader":
+                layer.send_nowait("a", {})
+            else:
+                layer.receive_nowait("a")
+            first.cancel()
+    assert first.cancelled()
+    assert ended == ["second"]
+
+
 async def test_who_waited_at_closing_does_not_wait_on_in_a_layer_opened_again() -> None:
     """A layer may be opened again before those who waited have run: they get ClosedResourceError all the same."""
     layer = InMemoryChannelLayer(capacity=1)
@@ -629,13 +686,15 @@ async def test_who_waited_at_closing_does_not_wait_on_in_a_layer_opened_again() 
         ended.append(what)
 
     async with anyio.create_task_group() as tg:
+        tg.cancel_scope.deadline = anyio.current_time() + 10
         async with layer:
             await layer.send("full", {})
-            tg.start_soon(wait, "receive", lambda: layer.receive("a"))
-            tg.start_soon(wait, "send", lambda: layer.send("full", {}, wait=True))
+            for _ in range(2):
+                tg.start_soon(wait, "receive", lambda: layer.receive("a"))
+                tg.start_soon(wait, "send", lambda: layer.send("full", {}, wait=True))  # more than there is room for
             await anyio.wait_all_tasks_blocked()
         async with layer:
             layer.send_nowait("a", {"n": 1})
             await anyio.wait_all_tasks_blocked()
             assert layer.receive_nowait("a") == {"n": 1}
-    assert sorted(ended) == ["receive", "send"]
+    assert sorted(ended) == ["receive", "receive", "send", "send"]

@@ -717,7 +717,9 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
         subscription = subscriptions(layer).wanted["work"]
         subscription.confirmed = False
         subscriptions(layer).ask("work")
-        subscription.link.connection.end("the test said so")
+        connection = subscription.link.connection
+        assert connection is not None
+        connection.end("the test said so")
         await until(lambda: hears(layer, "work"))
         slot = key_slot(b"nobody")
         for node in cluster.nodes[:3]:

@@ -460,6 +460,27 @@ async def test_pubsub_groups_are_local(redis_server: RedisServer) -> None:
 
 
 @asynchronous
+async def test_a_channel_that_is_called_as_a_group_is_in_redis(redis_server: RedisServer) -> None:
+    """Both go through one Redis channel, which is subscribed to as long as either is wanted."""
+    async with make(PUBSUB, redis_server) as layer, create_task_group() as tg:
+        name = Names(layer.prefix).group_topic("room")
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive(name))
+
+        tg.start_soon(read)
+        await until(lambda: hears(layer, name))
+        async with layer.subscribe("room") as inbox:
+            await layer.group_send("room", {"n": 1})
+            assert await inbox.receive() == {"n": 1}
+            await until(lambda: got == [{"n": 1}])
+            tg.start_soon(read)
+        await layer.send(name, {"n": 2})
+        await until(lambda: got == [{"n": 1}, {"n": 2}])
+
+
+@asynchronous
 async def test_a_normal_channel_of_pubsub_gives_each_process_a_copy(redis_server: RedisServer) -> None:
     """As documented: pub/sub copies; and a channel that was read once keeps what comes for the next call."""
     one, two = make(PUBSUB, redis_server), make(PUBSUB, redis_server)
