@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, find, settings, strategies
 from redis_server import RedisCluster, RedisServer, Sentinels, Spares, new_directory, shared_server
 
 from anyio_channels import InMemoryChannelLayer
+from anyio_channels.local.directory import Directory
+from anyio_channels.local.hub import Hub
 
 # The same examples every time: what CI finds on one commit, it finds there again. The thorough profile explores.
 settings.register_profile("fast", max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
@@ -96,6 +98,11 @@ def clock() -> Clock:
 @pytest.fixture
 def layer(clock: Clock) -> InMemoryChannelLayer:
     return InMemoryChannelLayer(clock=clock, capacity=5, expiry=10, group_expiry=100)
+
+
+def here(layer: Hub) -> Directory:
+    """Return the channels and groups that a layer holds in this process, for what statistics() does not count."""
+    return layer._here
 
 
 @pytest.fixture(scope="session")

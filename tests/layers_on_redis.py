@@ -102,8 +102,9 @@ def session(layer: BaseChannelLayer) -> Session:
 def transport(layer: BaseChannelLayer) -> PubSub:
     """Return what carries the messages of a pub/sub layer."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    assert isinstance(layer._transport, PubSub)
-    return layer._transport
+    found = layer._transport
+    assert isinstance(found, PubSub)
+    return found
 
 
 def subscriptions(layer: BaseChannelLayer) -> Subscriptions:
@@ -118,9 +119,14 @@ def events(layer: BaseChannelLayer) -> LinkEvents:
 
 def arrives(layer: BaseChannelLayer, channel: Channel, entry: bytes, score: float) -> None:
     """Let a message for a normal channel come, as if it had been fetched for a reader who is gone."""
+    arrive(layer, channel, [(entry, score)])
+
+
+def arrive(layer: BaseChannelLayer, channel: Channel, entries: Sequence[tuple[bytes, float]]) -> None:
+    """Let messages for a normal channel come together, as if they had been fetched for as many readers."""
     assert isinstance(channel, QueueChannel)
     now = session(layer).link_of(channel.key).server_time
-    session(layer).receiving.fetched(channel, [(entry, str(score).encode())], now)
+    session(layer).receiving.fetched(channel, [(entry, str(score).encode()) for entry, score in entries], now)
 
 
 def link_to_channel(layer: BaseChannelLayer, name: str) -> Link:

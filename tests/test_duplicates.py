@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +15,7 @@ from layers_on_redis import PATIENCE, new_prefix, until
 from redis_server import Proxy, RedisServer, new_directory
 
 from anyio_channels import RedisChannelLayer
-from anyio_channels.redis import duplicates
-from anyio_channels.redis.duplicates import MARK_LENGTH, LastHeard, Marks, RecentPops
+from anyio_channels.redis.duplicates import GENERATION, MARK_LENGTH, MOST_HEARD, LastHeard, Marks, RecentPops
 
 
 @given(st.lists(st.integers(0, 300)), st.integers(0, 2**32 - 1))
@@ -43,11 +41,12 @@ def test_senders_and_channels_are_told_apart() -> None:
 def test_which_senders_are_remembered_is_bounded() -> None:
     """Of many senders the one heard least lately is forgotten."""
     heard = LastHeard()
-    marks = [Marks().next() for _ in range(duplicates._MOST_HEARD + 1)]
+    marks = [Marks().next() for _ in range(MOST_HEARD + 1)]
     assert all(heard.is_new("a", mark) for mark in marks)
-    assert len(heard._last) == duplicates._MOST_HEARD
-    assert [heard.is_new("a", mark) for mark in (marks[-1], marks[0])] == [False, True]
-    assert next(itertools.islice(heard._last, 1))[1] == marks[2][:8]
+    assert len(heard) == MOST_HEARD
+    assert [heard.is_new("a", mark) for mark in (marks[1], marks[0])] == [False, True]
+    assert len(heard) == MOST_HEARD
+    assert [heard.is_new("a", mark) for mark in (marks[1], marks[3], marks[2])] == [False, False, True]
 
 
 @given(st.lists(st.integers(0, 3)))
@@ -66,9 +65,9 @@ def test_what_was_taken_is_not_taken_again(order: list[int]) -> None:
 def test_what_was_taken_is_remembered_for_a_while() -> None:
     """Of very many messages the last are known, and those before them are forgotten."""
     taken = RecentPops()
-    most = duplicates._GENERATION * 3
+    most = GENERATION * 3
     assert all(taken.is_new("a", b"entry", float(number)) for number in range(most))
-    last = range(most - duplicates._GENERATION, most)
+    last = range(most - GENERATION, most)
     assert not any(taken.is_new("a", b"entry", float(number)) for number in last)
     assert taken.is_new("a", b"entry", 0.0)
     for number in last:  # from either generation

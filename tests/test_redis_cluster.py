@@ -431,6 +431,28 @@ def test_slots_of_what_belongs_together() -> None:
     assert Cluster(None).name == "Redis Cluster at localhost:6379"
 
 
+def owners(layer: Any) -> list[Any]:
+    """Who owns each slot, as the layer sees it; to be put wrong."""
+    found: list[Any] = layer.options.router._owners
+    return found
+
+
+def assign(layer: Any, found: dict[int, Any]) -> None:
+    """Have the layer hear that some slots have these owners."""
+    layer.options.router._assign(found)
+
+
+def forget_moves(layer: Any) -> None:
+    """Have the layer believe the next MOVED, however soon after another one it comes."""
+    layer.options.router._moved_at.clear()
+
+
+async def ask(layer: Any) -> tuple[str, list[Any]]:
+    """Have the layer ask who owns what."""
+    told: tuple[str, list[Any]] = await layer.options.router._ask()
+    return told
+
+
 def other_owner(layer: Any, key: str) -> Any:
     """A link to a node that does not own ``key``."""
     owner = layer.options.router.owner("", key)
@@ -443,21 +465,21 @@ async def test_a_map_that_is_out_of_date(kind: Kind, quiet_cluster: RedisCluster
     """Whatever a process does first after a change that it did not hear of, it is sent on."""
     async with make(kind, quiet_cluster.hosts) as layer, make(kind, quiet_cluster.hosts, prefix=new_prefix()) as other:
         topology = layer.options.router
-        right = list(topology._owners)
+        right = list(owners(layer))
         for number in range(3):
-            topology._owners = [topology.links[number]] * len(right)
+            owners(layer)[:] = [topology.links[number]] * len(right)
             async with layer.subscribe(f"room{number}") as inbox:
-                topology._owners = [topology.links[(number + 1) % 3]] * len(right)
+                owners(layer)[:] = [topology.links[(number + 1) % 3]] * len(right)
                 await layer.group_send(f"room{number}", {"n": 1})
-                topology._owners = [topology.links[(number + 2) % 3]] * len(right)
+                owners(layer)[:] = [topology.links[(number + 2) % 3]] * len(right)
                 with fail_after(PATIENCE):
                     assert await inbox.receive() == {"n": 1}
                 await layer.send(inbox.channel, {"n": 2})
                 with fail_after(PATIENCE):
                     assert await inbox.receive() == {"n": 2}
-                topology._owners = [topology.links[number]] * len(right)  # leaving goes astray as well
+                owners(layer)[:] = [topology.links[number]] * len(right)  # leaving goes astray as well
         topology.refresh_soon()
-        await until(lambda: topology._owners == right)
+        await until(lambda: owners(layer) == right)
         for number in range(3):
             with fail_after(PATIENCE):
                 while kind is QUEUE and await other.group_channels(f"room{number}"):
@@ -491,7 +513,7 @@ async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None
         # Asked for at the wrong node.
         subscriptions(layer).wanted[name].link = wrong
         subscriptions(layer).wanted[name].confirmed = False
-        layer.options.router._moved_at.clear()
+        forget_moves(layer)
         subscriptions(layer).ask(name)
         subscriptions(layer).ask(name)
         await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
@@ -506,10 +528,10 @@ async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None
         # Two nodes that send one back and forth do so with pauses.
         moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.server.address.port}")
         owner = layer.options.router.owner("", name)
-        layer.options.router._moved_at.clear()
+        forget_moves(layer)
         layer.options.router.follow(moved)
         assert layer.options.router.owner("", name) is wrong
-        layer.options.router._assign({key_slot(name.encode()): owner})
+        assign(layer, {key_slot(name.encode()): owner})
         layer.options.router.follow(moved)
         assert layer.options.router.owner("", name) is owner
         await layer.send(name, {"n": 1})
@@ -526,8 +548,8 @@ async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet_cluster: Re
     """A caller that waits for a node's connection is sent on when that node is not used any more."""
     async with make(kind, quiet_cluster.hosts) as layer, create_task_group() as tg:
         topology = layer.options.router
-        right = list(topology._owners)
-        topology._owners = [topology.link_to("127.0.0.1", free_port())] * len(right)
+        right = list(owners(layer))
+        owners(layer)[:] = [topology.link_to("127.0.0.1", free_port())] * len(right)
         inboxes: list[Any] = []
 
         async def subscribe() -> None:
@@ -537,7 +559,7 @@ async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet_cluster: Re
         tg.start_soon(layer.send, "anywhere", {"n": 1})
         await anyio.wait_all_tasks_blocked()
         topology.refresh_soon()
-        await until(lambda: inboxes and topology._owners == right)
+        await until(lambda: inboxes and owners(layer) == right)
         await layer.group_send("room", {"n": 1})
         with fail_after(PATIENCE):
             assert await inboxes[0].receive() == {"n": 1}
@@ -625,11 +647,11 @@ async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
     async with make(QUEUE, cluster.hosts) as layer:
         await until(is_reset)
         for _ in range(3):
-            _, table = await layer.options.router._ask()
+            _, table = await ask(layer)
             assert table
         for link in layer.options.router.links:
             link.connection.end("the test said so")
-        host, table = await layer.options.router._ask()
+        host, table = await ask(layer)
         assert host == "127.0.0.1"
         assert table
 
@@ -695,8 +717,9 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
         subscription = subscriptions(layer).wanted["work"]
         subscription.confirmed = False
         subscriptions(layer).ask("work")
-        assert subscription.link.connection is not None
-        subscription.link.connection.end("the test said so")
+        connection = subscription.link.connection
+        assert connection is not None
+        connection.end("the test said so")
         await until(lambda: hears(layer, "work"))
         slot = key_slot(b"nobody")
         for node in cluster.nodes[:3]:
@@ -715,13 +738,13 @@ async def test_giving_back_to_a_node_that_is_just_found(quiet_cluster: RedisClus
         slot = key_slot(key.encode())
         owner = layer.options.router.owner("", key)
         entry, score = await owner.execute("ZPOPMIN", key)
-        layer.options.router._assign({slot: layer.options.router.link_to("127.0.0.1", free_port())})
+        assign(layer, {slot: layer.options.router.link_to("127.0.0.1", free_port())})
         source = session(layer).here.find("work")
         arrives(layer, source, entry, score)
         assert isinstance(source, QueueChannel)
         session(layer).give_back(source, session(layer).delivery.withdraw(source))
         assert source.entries
-        layer.options.router._assign({slot: owner})
+        assign(layer, {slot: owner})
         await until(lambda: not source.entries)
         with fail_after(PATIENCE):
             assert await layer.receive("work") == {"n": 1}

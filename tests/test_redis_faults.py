@@ -15,12 +15,14 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
+from conftest import here
 from cryptography.fernet import Fernet
 from layers_on_redis import (
     PUBSUB,
     QUEUE,
     Kind,
     LayerOnRedis,
+    arrive,
     arrives,
     both,
     events,
@@ -73,6 +75,7 @@ class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
     def __init__(self, sender: LayerOnRedis, inbox: Any) -> None:
+    def __init__(self, sender: Any, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
@@ -836,6 +839,24 @@ async def test_held_while_away(server: RedisServer) -> None:
         assert layer.statistics().received == 3
 
 
+async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
+    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
+    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("a"))
+
+        tg.start_soon(read)
+        await until(lambda: layer.statistics().waiting_receivers == 1)
+        now = time.time()
+        entries = [(payload({"n": number}, b"%12d" % number), now + number / 1000) for number in range(2)]
+        arrive(layer, session(layer).here.find("a"), entries)
+        await until(lambda: got == [{"n": 0}])
+        assert await layer.receive("a") == {"n": 1}
+        assert layer.statistics().received == 2
+
+
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A message that Redis does not take back is counted as discarded, and logged."""
     async with make(QUEUE, server.url) as layer:
@@ -970,8 +991,8 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
                 subscriptions(layer).restore, layer.options.router.links[0], layer.options.router.links[0].connection
             )
             tg.start_soon(read, "dropped")
-            await until(lambda: "dropped" in layer._here.channels)
-            layer._here.forget(layer._here.channels["dropped"])
+            await until(lambda: "dropped" in here(layer).channels)
+            here(layer).forget(here(layer).channels["dropped"])
         server.resume()
         with server.client() as client:
             await until(lambda: set(client.pubsub_channels("*")) == {b"cut", b"dropped"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper, session
+from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper, session, settle_queue
 from ormsgpack import packb
 from redis_server import RedisServer
 
@@ -28,6 +29,7 @@ from anyio_channels import (
     create_redis_channel_layer,
 )
 from anyio_channels.contract.layer import Life
+from anyio_channels.contract.message import RESERVED_KEY
 from anyio_channels.redis.wire import Names
 
 pytestmark = pytest.mark.two_loops
@@ -205,6 +207,33 @@ async def test_a_slow_reader_costs_its_neighbours_nothing(kind: Kind, redis_serv
             assert await busy.receive() == {"n": number}
         assert layer.statistics().dropped_full == 90
         assert [(await idle.receive())["n"] for _ in range(10)] == list(range(10))
+
+
+@asynchronous
+async def test_an_inbox_does_not_wait_behind_normal_channels(redis_server: RedisServer) -> None:
+    """What is sent to an inbox comes in front of the next message of a normal channel, however many of those have one."""
+    got: list[str] = []
+    async with make(QUEUE, redis_server) as layer, layer.subscribe() as inbox, create_task_group() as tg:
+
+        async def read(channel: str) -> None:
+            await layer.receive(channel)
+            got.append(channel)
+
+        busy = [f"busy.{number}" for number in range(30)]
+        names = Names(layer.prefix)
+        for _ in range(3):  # which of all keys comes first in a pop changes with each
+            got.clear()
+            for name in (*busy, inbox.channel):
+                tg.start_soon(read, name)
+            await until(lambda: layer.statistics().waiting_receivers == len(busy) + 1)
+            await settle_queue(layer)
+            with redis_server.client() as client:  # the event loop stands still meanwhile: they are all there at once
+                now = client.time()[0]
+                for name in busy:
+                    client.zadd(names.channel(name), {os.urandom(12) + packb({}): now})
+                client.zadd(names.channel(inbox.channel), {os.urandom(12) + packb({RESERVED_KEY: inbox.channel}): now})
+            await until(lambda: len(got) == len(busy) + 1)
+            assert got.index(inbox.channel) < 5
 
 
 @asynchronous
@@ -428,6 +457,27 @@ async def test_pubsub_groups_are_local(redis_server: RedisServer) -> None:
         assert [await here.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
         assert [await also.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
         assert await there.receive() == {"n": 2}
+
+
+@asynchronous
+async def test_a_channel_that_is_called_as_a_group_is_in_redis(redis_server: RedisServer) -> None:
+    """Both go through one Redis channel, which is subscribed to as long as either is wanted."""
+    async with make(PUBSUB, redis_server) as layer, create_task_group() as tg:
+        name = Names(layer.prefix).group_topic("room")
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive(name))
+
+        tg.start_soon(read)
+        await until(lambda: hears(layer, name))
+        async with layer.subscribe("room") as inbox:
+            await layer.group_send("room", {"n": 1})
+            assert await inbox.receive() == {"n": 1}
+            await until(lambda: got == [{"n": 1}])
+            tg.start_soon(read)
+        await layer.send(name, {"n": 2})
+        await until(lambda: got == [{"n": 1}, {"n": 2}])
 
 
 @asynchronous

@@ -170,26 +170,26 @@ async def test_what_sentinels_may_say(quiet_sentinels: Sentinels) -> None:
         return replica.host, replica.port
 
     layer = make(QUEUE, quiet_sentinels.host, connect_timeout=0.3)
-    layer.options.router.servers[0]._ask = lag
+    layer.options.router.servers[0].ask = lag
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{replica.port} .*is no primary at the moment"):
         await layer.open()
     # Whom it doubts it asks for again, and takes an answer that differs.
     doubting = layer.options.router.servers[0]
-    del doubting._ask
-    assert doubting._doubted == (replica.host, replica.port)
+    del doubting.ask
+    assert doubting.doubted == (replica.host, replica.port)
     async with layer:
-        assert doubting._doubted is None
+        assert doubting.doubted is None
     gone = ("127.0.0.1", free_port())
-    doubting._doubted = (quiet_sentinels.servers[0].host, quiet_sentinels.servers[0].port)
-    assert await doubting._ask() == doubting._doubted  # they all say so
+    doubting.doubted = (quiet_sentinels.servers[0].host, quiet_sentinels.servers[0].port)
+    assert await doubting.ask() == doubting.doubted  # they all say so
 
     async def away() -> tuple[str, int]:
         return gone
 
-    doubting._ask = away
+    doubting.ask = away
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]}"):
         await layer.open()
-    assert doubting._doubted == gone
+    assert doubting.doubted == gone
 
 
 @pytest.mark.anyio

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -24,17 +24,17 @@ class User(LinkEvents):
         self.refused: dict[str, Exception] = {}
         self.confirmed: list[str] = []
         self.subscriptions = Subscriptions(router, self.refused.__setitem__, self.confirmed.append)
-        self.give_up: str | None = None
+        self.meanwhile: Callable[[Subscriptions], object] | None = None
 
     async def restore(self, link: Link, connection: Connection) -> None:
-        if self.give_up is None:
+        if self.meanwhile is None:
             await self.subscriptions.restore(link, connection)
             return
         async with create_task_group() as tasks:
             tasks.start_soon(self.subscriptions.restore, link, connection)
             while not connection.pending:
                 await checkpoint()
-            self.subscriptions.unwant(self.give_up)
+            self.meanwhile(self.subscriptions)
 
     def on_up(self, link: Link) -> None:
         self.subscriptions.restored(link)
@@ -44,14 +44,19 @@ class User(LinkEvents):
 
 
 @asynccontextmanager
-async def using(url: str, names: list[str], give_up: str | None = None) -> AsyncIterator[tuple[User, Link]]:
-    """The subscriptions to ``names`` as they are when the first connection was made."""
+async def using(
+    url: str, names: list[str], meanwhile: Callable[[Subscriptions], object] | None = None
+) -> AsyncIterator[tuple[User, Link]]:
+    """The subscriptions to ``names`` as they are when the first connection was made.
+
+    ``meanwhile`` is called while they are being restored there.
+    """
     router = make_router([url], cluster=False)
     user = User(router)
     await router.open(user, Timeouts(timeout=PATIENCE, connect_timeout=PATIENCE, keep_alive=PATIENCE))
     for name in names:
         user.subscriptions.want(name)
-    user.give_up = give_up
+    user.meanwhile = meanwhile
     async with create_task_group() as tasks:
         tasks.start_soon(router.run)
         with fail_after(PATIENCE):
@@ -96,11 +101,25 @@ async def test_one_that_is_given_up_meanwhile(redis_server: RedisServer) -> None
     """A subscription that nobody wants any more when it is restored is ended."""
     prefix = new_prefix()
     names = [f"{prefix}{number}" for number in range(3)]
-    async with using(redis_server.url, names, give_up=names[1]):
+    async with using(redis_server.url, names, lambda subscriptions: subscriptions.unwant(names[1])):
         with redis_server.client() as client:
             await until(lambda: {name for name, count in client.pubsub_numsub(*names) if count} == {
                 names[0].encode(), names[2].encode()
             })  # fmt: skip
+
+
+async def test_one_that_is_wanted_meanwhile(redis_server: RedisServer) -> None:
+    """A subscription that is wanted while others are being restored, and that nobody waits for, is made as well."""
+    one, other = new_prefix(), new_prefix()
+
+    def want(subscriptions: Subscriptions) -> None:
+        subscriptions.want(other)
+        subscriptions.ask(other)
+
+    async with using(redis_server.url, [one], want) as (user, _):
+        await until(lambda: user.confirmed == [one, other])
+        with redis_server.client() as client:
+            assert {count for _, count in client.pubsub_numsub(one, other)} == {1}
 
 
 async def test_wanted_twice(redis_server: RedisServer) -> None:

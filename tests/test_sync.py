@@ -123,6 +123,18 @@ class Caller(threading.Thread):
         return self._outcome
 
 
+def portal_of(layer: SyncChannelLayer) -> Portal:
+    """Return the event loop that ``layer`` lives in."""
+    return layer._portal
+
+
+def life_of(portal: Portal) -> Any:
+    """Return the opening of ``portal`` that is under way."""
+    life = portal._life
+    assert life is not None
+    return life
+
+
 def wait_for_readers(layer: SyncChannelLayer, count: int) -> None:
     """Return when so many calls wait for a message, in whatever threads."""
     while layer.statistics().waiting_receivers < count:
@@ -396,8 +408,7 @@ def test_in_a_fork() -> None:
     """Every call says so, and leaving is silent. (Real forks are in test_sync_deployed.py; this one can be measured.)"""
     layer = SyncChannelLayer(InMemoryChannelLayer()).open()
     inbox = layer.subscribe("room").__enter__()
-    life = layer._portal._life
-    assert life is not None
+    life = life_of(portal_of(layer))
     life.pid += 1
     for call in (lambda: layer.send("a", {}), layer.open, inbox.receive):
         with pytest.raises(RuntimeError, match=r"was opened in process \d+, and this is a fork of it, process \d+"):
@@ -405,7 +416,7 @@ def test_in_a_fork() -> None:
     inbox.__exit__(None, None, None)
     layer.close()
     life.pid -= 1
-    layer._portal._lock_pid += 1  # which a fork may have inherited taken: the child makes another one
+    portal_of(layer)._lock_pid += 1  # which a fork may have inherited taken: the child makes another one
     assert layer.group_channels("room") == {inbox.channel}
     layer.close()
     with layer:
@@ -561,7 +572,7 @@ def test_a_call_that_crosses_closing(backend: tuple[str, dict[str, Any]]) -> Non
     may_go_on = hold_loop(portal)
     future = portal.start("coming late", anyio.sleep_forever)
     closing = Caller(portal.close)
-    while portal._life is not None and portal._life.state == "open":
+    while life_of(portal).state == "open":
         time.sleep(0.001)  # until the other thread has begun to close it
     may_go_on.set()
     with pytest.raises(CancelledError):
@@ -662,18 +673,17 @@ def test_opening_closing_and_calling_at_the_same_time(backend: tuple[str, dict[s
 def test_closed_before_its_loop_has_begun(backend: tuple[str, dict[str, Any]]) -> None:
     """Who opens is told so, nothing was entered, and what is for the ended loop is for nobody."""
     portal = Portal("it", lambda: Troubled(at="enter"), backend[0], backend[1])
-    run, started, may_begin = portal._run, threading.Event(), threading.Event()
+    started, may_begin = threading.Event(), threading.Event()
 
     def run_later(main: Callable[[], Any]) -> None:
         started.set()
         assert may_begin.wait(PATIENCE)
         run(main)
 
-    portal._run = run_later  # type: ignore[assignment]
+    run, portal._run = portal._run, run_later  # type: ignore[assignment]
     opening = Caller(portal.open)
     assert started.wait(PATIENCE)
-    life = portal._life
-    assert life is not None
+    life = life_of(portal)
     closing = Caller(portal.close)
     deadline = time.monotonic() + PATIENCE
     while life.state != "closing":
@@ -853,23 +863,23 @@ def test_interrupted_at_the_worst_moment(monkeypatch: pytest.MonkeyPatch) -> Non
                 layer.receive("a")
         layer.send("a", {"n": 1})
         assert layer.receive("a", PATIENCE) == {"n": 1}
-        call = layer._portal.call
+        call = portal_of(layer).call
         inbox = layer.subscribe("room")
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_after)
+            patch.setattr(portal_of(layer), "call", interrupted_after)
             with pytest.raises(TimeIsUp):
                 inbox.__enter__()
         while layer.group_channels("room"):
             pass
         inbox = layer.subscribe("room").__enter__()
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_before)
+            patch.setattr(portal_of(layer), "call", interrupted_before)
             with pytest.raises(TimeIsUp):
                 inbox.__exit__(None, None, None)
         while layer.group_channels("room"):
             pass
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_before)
+            patch.setattr(portal_of(layer), "call", interrupted_before)
             inbox = layer.subscribe("room")
             with pytest.raises(TimeIsUp):
                 inbox.__enter__()

@@ -1035,8 +1035,7 @@ async def test_a_task_that_is_cancelled_natively_lets_its_thread_go() -> None:
     go_on = threading.Event()
 
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", TEXT)
-        write = start_response.__self__._write
+        write = start_response("200 OK", TEXT)
         yield b"first"
         assert go_on.wait(PATIENCE)
         try:

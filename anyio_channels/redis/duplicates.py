@@ -16,17 +16,17 @@ import secrets
 from collections import OrderedDict
 from typing import Final
 
-__all__ = ["MARK_LENGTH", "LastHeard", "Marks", "RecentPops"]
+__all__ = ["GENERATION", "MARK_LENGTH", "MOST_HEARD", "LastHeard", "Marks", "RecentPops"]
 
 _SENDER: Final = 8
 _NUMBER: Final = 4
 MARK_LENGTH: Final = _SENDER + _NUMBER
 """Bytes of a mark."""
 _NUMBERS: Final = 1 << (8 * _NUMBER)
-_MOST_HEARD: Final = 65536
+MOST_HEARD: Final = 65536
 """Remember at most this many pairs of a sender and a Redis channel."""
 _FIRST_BYTES: Final = 64
-_GENERATION: Final = 16384
+GENERATION: Final = 16384
 """Remember at least this many recent pops, at most twice as many."""
 
 
@@ -51,6 +51,10 @@ class LastHeard:
         """Start with nothing heard."""
         self._last: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
+    def __len__(self) -> int:
+        """How many pairs of a sender and a Redis channel are remembered."""
+        return len(self._last)
+
     def is_new(self, name: str, payload: bytes) -> bool:
         """Whether ``payload`` comes after the last one heard from its sender on the Redis channel ``name``."""
         key = (name, payload[:_SENDER])
@@ -58,7 +62,7 @@ class LastHeard:
         last = self._last.pop(key, None)
         is_new = last is None or 0 < (number - last) % _NUMBERS < _NUMBERS // 2
         self._last[key] = number if last is None or is_new else last
-        if len(self._last) > _MOST_HEARD:
+        if len(self._last) > MOST_HEARD:
             self._last.popitem(last=False)
         return is_new
 
@@ -77,7 +81,7 @@ class RecentPops:
         if mark in self._young or mark in self._old:
             return False
         self._young.add(mark)
-        if len(self._young) >= _GENERATION:
+        if len(self._young) >= GENERATION:
             self._old, self._young = self._young, set()
         return True
 

@@ -42,7 +42,8 @@ class Sentinels:
         self.connect_timeout: float | None = address.primary.connect_timeout
         self.servers: list[Server] = [Server(one) for one in address.sentinels]
         self._found: Server | None = None
-        self._doubted: tuple[str, int] | None = None
+        self.doubted: tuple[str, int] | None = None
+        """Where the primary was not when it was looked for there last."""
         self._turn = 0
         self._question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.master_name)
 
@@ -59,7 +60,7 @@ class Sentinels:
 
     async def connect(self) -> ByteStream:
         """Ask for the primary and open a stream to it."""
-        host, port = await self._ask()
+        host, port = await self.ask()
         found = Server(replace(self.address.primary, host=host, port=port))
         stream: ByteStream | None = None
         try:
@@ -67,7 +68,7 @@ class Sentinels:
         finally:
             self._found = found  # at last, for another link may connect at the same time
             if stream is None:
-                self._doubted = (host, port)
+                self.doubted = (host, port)
         return stream
 
     async def shake_hands(self, connection: Connection) -> float:
@@ -75,19 +76,19 @@ class Sentinels:
         found = self._found or Server(self.address.primary)
         server_time = await found.shake_hands(connection)
         if not connection.is_primary:
-            self._doubted = (found.address.host, found.address.port)
+            self.doubted = (found.address.host, found.address.port)
             raise redis.exceptions.ConnectionError(f"{self.name} is no primary at the moment")
-        self._doubted = None
+        self.doubted = None
         return server_time
 
-    async def _ask(self) -> tuple[str, int]:
+    async def ask(self) -> tuple[str, int]:
         """Ask all sentinels; the first answer that is not in doubt counts."""
 
         async def ask(sentinel: Server) -> tuple[str, int]:
             return _known(await sentinel.ask(*self._question, parse=replies.address, timeout=_ASK_SECONDS))
 
         ended = await try_each(
-            ask, self.servers, enough=lambda told: not isinstance(told, Exception) and told != self._doubted
+            ask, self.servers, enough=lambda told: not isinstance(told, Exception) and told != self.doubted
         )
         answers = [told for _, told in ended if not isinstance(told, Exception)]
         if not answers:
