@@ -75,7 +75,6 @@ class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
     def __init__(self, sender: LayerOnRedis, inbox: Any) -> None:
-    def __init__(self, sender: Any, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
