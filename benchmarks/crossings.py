@@ -131,7 +131,7 @@ def own_server() -> Generator[str]:
 def main() -> None:
     """Count, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="of a Redis to use, such as redis://localhost:6379/0; it is left as it was")
+    parser.add_argument("--url", help="of a Redis to use, such as redis://localhost:6379/0")
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     parser.add_argument("--calls", action="store_true", help="also print the calls")
     arguments = parser.parse_args()
