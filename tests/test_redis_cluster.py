@@ -695,6 +695,7 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
         subscription = subscriptions(layer).wanted["work"]
         subscription.confirmed = False
         subscriptions(layer).ask("work")
+        assert subscription.link.connection is not None
         subscription.link.connection.end("the test said so")
         await until(lambda: hears(layer, "work"))
         slot = key_slot(b"nobody")

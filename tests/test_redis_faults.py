@@ -16,12 +16,23 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
 from cryptography.fernet import Fernet
-from layers_on_redis import PUBSUB, QUEUE, Kind, arrives, both, events, new_prefix, popper, session, subscriptions
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    LayerOnRedis,
+    arrives,
+    both,
+    events,
+    new_prefix,
+    popper,
+    session,
+    subscriptions,
+)
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.redis.queue import room
-from anyio_channels.redis.servers import OnRedis
 from anyio_channels.redis.wire import Names
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
@@ -43,7 +54,7 @@ async def until(condition: Callable[[], object]) -> None:
             await anyio.sleep(0.002)
 
 
-async def until_answered(layer: OnRedis) -> None:
+async def until_answered(layer: LayerOnRedis) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
     connection = layer.options.router.links[0].connection
     assert connection is not None
@@ -61,7 +72,7 @@ def make(kind: Kind, url: str, **options: Any) -> Any:
 class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
-    def __init__(self, sender: OnRedis, inbox: Any) -> None:
+    def __init__(self, sender: LayerOnRedis, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
@@ -823,28 +834,6 @@ async def test_held_while_away(server: RedisServer) -> None:
             await until(lambda: client.zcard(Names(layer.prefix).channel("a")) == 2)
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
         assert layer.statistics().received == 3
-
-
-async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
-    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
-    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
-        got: list[Any] = []
-
-        async def read() -> None:
-            got.append(await layer.receive("a"))
-
-        tg.start_soon(read)
-        await until(lambda: layer.statistics().waiting_receivers == 1)
-        source = layer._channel("a")
-        for number in range(2):
-            entry = payload({"n": number}, b"%12d" % number)
-            layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
-        with layer._room:
-            taken = source.withdraw()
-        layer._give_back(layer._topology.links[0], source, taken)
-        await until(lambda: got == [{"n": 0}])
-        assert await layer.receive("a") == {"n": 1}
-        assert layer.statistics().received == 2
 
 
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:

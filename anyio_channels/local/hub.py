@@ -301,12 +301,12 @@ class Hub(BaseChannelLayer):
         if name not in (self._here.channels if name is topic else self._here.groups):
             return
         try:
-            message, excluded = self._decode_delivered(body)
-            if name is not topic:
-                self._deliver_to_group(name, self._codec.encode_again(message) if excluded else body, excluded)
-                return
+            message, body, excluded = self._decode_delivered(body)
         except Unreadable as why:
             self.drop_unreadable(topic if where is None else where, why)
+            return
+        if name is not topic:
+            self._deliver_to_group(name, body, excluded)
             return
         mailroom = self._mailroom
         rung: list[Waiter] = []
@@ -328,13 +328,14 @@ class Hub(BaseChannelLayer):
         if self._here.ended:
             self._unsubscribe()
 
-    def _decode_delivered(self, body: bytes) -> tuple[Message, frozenset[str]]:
-        """Return the message in ``body`` and the channels that are to miss it, or raise ``Unreadable``."""
+    def _decode_delivered(self, body: bytes) -> tuple[Message, bytes, frozenset[str]]:
+        """Return the message in ``body``, its bytes, and the channels that are to miss it; or raise ``Unreadable``."""
         message = self._codec.decode_body(body)
-        names = message.pop(EXCLUDE_KEY, None)
-        if not isinstance(names, list):
-            return message, frozenset()
-        return message, frozenset(name for name in names if isinstance(name, str))
+        if EXCLUDE_KEY not in message:
+            return message, body, frozenset()
+        names = message.pop(EXCLUDE_KEY)
+        excluded = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        return message, self._codec.encode_again(message), frozenset(excluded)
 
     def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
         mailroom = self._mailroom
@@ -441,6 +442,12 @@ class Hub(BaseChannelLayer):
             if item.__class__ is bytes:
                 return self._decode(item)
             return item if item.__class__ is dict else source.gap_message(item)
+
+    async def _listen(self, channel: str) -> None:
+        """Do what ``receive`` begins with. What is sent to ``channel`` from then on comes, if the transport is there."""
+        source = self._find(channel)
+        if self._transport is not None and not source.attended:
+            await self._attend(self._transport, source)
 
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""

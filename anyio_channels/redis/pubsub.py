@@ -38,7 +38,7 @@ _GROUP: Final = group_topic("")
 class PubSub(Transport, LinkEvents):
     """Carries topics over Redis channels."""
 
-    outage = (redis.exceptions.ConnectionError,)
+    outage: tuple[type[Exception], ...] = (redis.exceptions.ConnectionError,)
     _hub: Hub
 
     def __init__(
@@ -55,7 +55,7 @@ class PubSub(Transport, LinkEvents):
         self._reset()
 
     def _reset(self) -> None:
-        self.subscriptions = Subscriptions(self._router, self._refused)
+        self.subscriptions: Subscriptions = Subscriptions(self._router, self._refused)
         self._topics: dict[str, list[str]] = {}  # by the Redis channel; a channel may be called as a group's is
         self._marks = Marks()
         self._heard = LastHeard()

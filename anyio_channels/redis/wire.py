@@ -40,7 +40,7 @@ __all__ = [
 class Names:
     """The names of keys and Redis channels under one prefix."""
 
-    __slots__ = ("_group", "_room", "_sent", "group_topic_start", "mark", "notes", "prefix")
+    __slots__ = ("_group", "_room", "_sent", "group_topic_start", "mark", "prefix")
 
     def __init__(self, prefix: str) -> None:
         """``prefix``: of all keys."""
@@ -50,8 +50,6 @@ class Names:
         self._sent = f"{prefix}:sent:{{"
         self.mark: str = f"{prefix}:prefix"
         """The key that marks the prefix as used, so that flushing a shorter prefix spares its keys."""
-        self.notes: tuple[str, str] = (self._sent, self._room)
-        """How the Redis channels begin on which a script says what it did."""
         self.group_topic_start: str = f"{prefix}__group__"
 
     def channel(self, name: str) -> str:

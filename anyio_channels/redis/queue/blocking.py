@@ -65,10 +65,10 @@ class BlockingPop(Source, LinkEvents):
         self._wake_key = setup.names.wake(client)
         self._on_gap = on_gap
         self._started = False
-        self.popping = False
-        self.waking = False
-        self.refused = False
-        self.pops_many = False
+        self.popping: bool = False
+        self.waking: bool = False
+        self.refused: bool = False
+        self.pops_many: bool = False
         self._popped_many = False
         self._to_drain: set[str] = set()
         self._ended: Event | None = None
