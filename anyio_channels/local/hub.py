@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from threading import get_ident
@@ -71,7 +72,8 @@ class Transport(ABC):
 
         Called once for each opening of the layer, in a task of its own. What it raises before ``started()``, opening
         raises. Lost connections are its own affair: it comes back, subscribes again to all that is wanted, and tells the
-        hub what may be missing.
+        hub what may be missing. When it is cancelled, calls of the other methods that still wait raise one of ``outage``;
+        the hub turns that into ``ClosedResourceError``.
         """
 
     @abstractmethod
@@ -112,7 +114,7 @@ class Hub(BaseChannelLayer):
         channel_capacity: Mapping[str | re.Pattern[str], int] | None = None,
         max_message_size: int = 4 * 1024 * 1024,
         default: Callable[[Any], Any] | None = None,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
         codec: Codec | None = None,
     ) -> None:
         """Take the options of ``BaseChannelLayer``, and more.
