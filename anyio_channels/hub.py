@@ -3,6 +3,8 @@
 Write a ``Transport``, and a ``Hub`` makes a channel layer of it.
 """
 
-from .local.hub import Hub, Transport, group_topic
+from .local.deliveries import Deliveries, group_topic
+from .local.hub import Hub
+from .local.transport import Transport
 
-__all__ = ["Hub", "Transport", "group_topic"]
+__all__ = ["Deliveries", "Hub", "Transport", "group_topic"]

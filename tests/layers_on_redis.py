@@ -102,7 +102,7 @@ def session(layer: BaseChannelLayer) -> Session:
 def transport(layer: BaseChannelLayer) -> PubSub:
     """Return what carries the messages of a pub/sub layer."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    found = layer._transport
+    found = layer.transport
     assert isinstance(found, PubSub)
     return found
 

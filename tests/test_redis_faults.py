@@ -30,6 +30,7 @@ from layers_on_redis import (
     popper,
     session,
     subscriptions,
+    transport,
 )
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
@@ -1020,7 +1021,10 @@ async def test_a_bug_of_ours_is_told(kind: Kind, server: RedisServer) -> None:
 
     with pytest.raises(ExceptionGroup) as caught, fail_after(PATIENCE):
         async with layer, layer.subscribe("room"):
-            layer.deliver = broken
+            if kind is PUBSUB:
+                transport(layer).on_push = broken  # type: ignore[method-assign]
+                layer.options.router.links[0].reconnect("the test said so")  # the new connection hands pushes to that
+                await until(lambda: layer.statistics().reconnects == 1)
             with server.client() as client:
                 for name in subscriptions(layer).wanted:
                     client.publish(name, "")

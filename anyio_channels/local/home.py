@@ -99,6 +99,6 @@ class Home:
             )
         if thread.state.running_loop() is not self.token:
             raise RuntimeError(
-                f"{self._layer!r} was opened in another event loop; a layer on Redis serves the event loop that opened it, "
+                f"{self._layer!r} was opened in another event loop; it serves the event loop that opened it, "
                 "so make one for each"
             )
