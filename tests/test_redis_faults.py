@@ -554,7 +554,7 @@ async def test_half_open(kind: Kind, server: RedisServer) -> None:
     """A connection that swallows everything is noticed by a layer that only listens, within keep_alive + timeout."""
     async with Proxy(server.host, server.port) as proxy:
         async with (
-            make(kind, proxy.url, keep_alive=0.2, timeout=0.2) as layer,
+            make(kind, proxy.url, keep_alive=0.2) as layer,
             layer.subscribe("room") as inbox,
         ):
             await until(lambda: layer.statistics().connections == len(layer.options.router.running))
