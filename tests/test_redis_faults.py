@@ -1022,7 +1022,7 @@ async def test_a_bug_of_ours_is_told(kind: Kind, server: RedisServer) -> None:
     with pytest.raises(ExceptionGroup) as caught, fail_after(PATIENCE):
         async with layer, layer.subscribe("room"):
             if kind is PUBSUB:
-                transport(layer).on_push = broken  # type: ignore[method-assign]
+                transport(layer).on_push = broken  # type: ignore[assignment, method-assign]
                 layer.options.router.links[0].reconnect("the test said so")  # the new connection hands pushes to that
                 await until(lambda: layer.statistics().reconnects == 1)
             with server.client() as client:
