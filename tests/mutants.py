@@ -199,21 +199,28 @@ MUTANTS: Final = (
         "            try:\n                await self._subscribe(self._transport, name)\n            except Exception:\n"
         "                await self.inbox_close(name, ())",
         "an inbox that is cancelled while it is opened leaves no channel",
-        f"{_LAYERS} {_FAULTS} -k pubsub",
+        f"{_FAULTS} -k 'making or away'",
+    ),
+    Mutant(
+        "local/hub.py",
+        "            except BaseException:\n                with self._mailroom:\n                    if not channel.closed:",
+        "            except Exception:\n                with self._mailroom:\n                    if not channel.closed:",
+        "new_channel(), if cancelled, leaves no channel",
+        f"{_FAULTS} -k 'making or away'",
     ),
     Mutant(
         "local/hub.py",
         "            if is_new:\n                self._here.leave(group, channel)",
         "            if True:\n                self._here.leave(group, channel)",
         "joining again in vain does not end the membership that there was",
-        _LAYERS,
+        f"{_FAULTS} -k 'making or away'",
     ),
     Mutant(
         "local/hub.py",
-        "        if name not in (self._here.channels if name is topic else self._here.groups):\n            return",
-        "        if name not in self._here.channels and name not in self._here.groups:\n            return",
-        "a message for a group nobody is in costs nothing here, not even a line about an unreadable one",
-        _LAYERS,
+        "                body = self._codec.encode_again(message)\n",
+        "",
+        "receivers do not see whom a broadcast was not for",
+        "tests/test_redis_contract.py -k pubsub",
     ),
     Mutant(
         "local/home.py",
@@ -448,7 +455,7 @@ MUTANTS: Final = (
         "        if link.connects > 1:\n            self._on_gap()",
         "        if link.connects > 2:\n            self._on_gap()",
         "a reader is told when a pop may have been lost with its connection",
-        f"{_FAULTS} -k queue",
+        f"{_FAULTS} -k 'pop or outage'",
     ),
     Mutant(
         "redis/queue/notified.py",
