@@ -462,7 +462,7 @@ MUTANTS: Final = (
         "        more = key in self._again\n",
         "        more = False\n",
         "what is heard while a key is drained makes it be drained again",
-        f"{_RECEIVING} {_CLUSTER} -k 'every_order or heard or load'",
+        f"{_CLUSTER} -k heard",
     ),
     Mutant(
         "redis/queue/delivery.py",
