@@ -231,10 +231,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "local/home.py",
-        "        if thread.state.running_loop() is not self.token:",
-        "        if False:",
-        "a layer that is used in another event loop says so",
-        _LAYERS,
+        "            if life in (Life.CLOSING, Life.CLOSED):",
+        "            if life is Life.CLOSED:",
+        "whoever uses a layer that is being closed is told that it is closed",
+        f"{_FAULTS} {_LAYERS} -k 'clos or left'",
     ),
     Mutant(
         "local/later.py",
@@ -483,7 +483,7 @@ MUTANTS: Final = (
         "            self._recent.forget(channel.key, item.entry, float(item.score))",
         "            pass",
         "a message that was given back may come again",
-        f"{_FAULTS} {_MOMENTS}",
+        f"{_MOMENTS} {_LAYERS} -k 'in_time or gives_back'",
     ),
     Mutant(
         "redis/queue/room.py",
