@@ -408,6 +408,16 @@ def test_what_redis_does_not_take_is_lost_and_counted(played: PlayedRedis) -> No
     assert played.here.figures()["discarded"] == 1
 
 
+def test_what_redis_may_have_taken_is_not_given_back_again(played: PlayedRedis) -> None:
+    """A give-back whose answer was lost is counted as discarded: another process may have the message by now."""
+    played.put("left.a")
+    gone_after(played, Reader(played.channel("left.a")))
+    played.tidy()
+    played.cut("left", MAYBE)
+    assert played.here_now() == []
+    assert played.here.figures()["discarded"] == 1
+
+
 def test_a_refusal_is_for_the_readers_of_that_channel(played: PlayedRedis) -> None:
     """A key that holds something else is told to those who read it, and to nobody else."""
     reader, other = Reader(played.channel("left.a")), Reader(played.channel("left.b"))

@@ -25,6 +25,7 @@ from layers_on_redis import (
     events,
     hears,
     hold_inbox,
+    link_to_channel,
     new_prefix,
     pass_on_both,
     session,
@@ -588,6 +589,22 @@ async def test_what_is_heard_while_a_message_is_fetched(quiet_cluster: RedisClus
         session(layer).notices.heard(next(iter(session(layer).notices.own), source.key))
         await layer.send("work", {"n": 1})
         await until(lambda: got == [{"n": 1}])
+
+
+@pytest.mark.anyio
+async def test_what_is_heard_while_a_key_is_drained(quiet_cluster: RedisCluster) -> None:
+    """It makes the key be drained once more, however often it is heard: the first may have come too early."""
+    async with make(QUEUE, quiet_cluster.hosts, keep_alive=60) as layer, layer.subscribe() as inbox:
+        key = Names(layer.prefix).channel(inbox.channel)
+        await until(lambda: hears(layer, Names(layer.prefix).sent(key)))
+        await session(layer).notices.until_ended()
+        before = layer.statistics().commands
+        for _ in range(3):
+            session(layer).notices.heard(key)
+        connection = link_to_channel(layer, inbox.channel).connection
+        assert connection is not None
+        await until(lambda: not connection.pending)
+        assert layer.statistics().commands == before + 2
 
 
 @pytest.mark.anyio

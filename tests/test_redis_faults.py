@@ -823,6 +823,38 @@ async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
                     }
 
 
+@pytest.mark.parametrize("make_channel", ["subscribe", "new_channel"])
+async def test_a_channel_whose_making_is_cancelled(make_channel: str, server: RedisServer) -> None:
+    """Whoever is cancelled while Redis is to confirm the subscription leaves nothing, neither here nor in Redis."""
+    async with make(PUBSUB, server.url, timeout=PATIENCE) as layer:
+        server.pause()
+        async with create_task_group() as tg:
+            tg.start_soon(layer.subscribe().__aenter__ if make_channel == "subscribe" else layer.new_channel)
+            await until(lambda: subscriptions(layer).wanted)
+            await anyio.wait_all_tasks_blocked()
+            tg.cancel_scope.cancel()
+        assert layer.statistics().channels == 0
+        assert not subscriptions(layer).wanted
+        server.resume()
+        await layer.flush()  # what was sent before it is done
+        with server.client() as client:
+            assert client.pubsub_channels("*") == []
+
+
+async def test_a_pop_that_is_cut_off(server: RedisServer) -> None:
+    """If only the connection of the pop is lost, which may have taken something, inboxes that ask for it are told."""
+    async with make(QUEUE, server.url) as layer, layer.subscribe(on_gap="event") as inbox:
+        with server.client() as client:
+
+            def popping() -> list[Any]:
+                return [one["id"] for one in client.client_list() if one["cmd"].startswith("bz")]
+
+            await until(popping)
+            client.client_kill_filter(_id=popping()[0])
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"type": "channel_layer.gap", "missed": None}
+
+
 async def test_held_while_away(server: RedisServer) -> None:
     """What was popped for a reader who is gone waits here while Redis is away: for a reader here, or to be given back."""
     async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url, timeout=0.2) as layer:
