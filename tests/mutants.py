@@ -194,9 +194,9 @@ MUTANTS: Final = (
     # A layer on a directory and a transport, and its life
     Mutant(
         "local/hub.py",
-        "            try:\n                await self._subscribe(self._transport, name)\n            except BaseException:\n"
+        "            try:\n                await self._subscribe(self.transport, name)\n            except BaseException:\n"
         "                await self.inbox_close(name, ())",
-        "            try:\n                await self._subscribe(self._transport, name)\n            except Exception:\n"
+        "            try:\n                await self._subscribe(self.transport, name)\n            except Exception:\n"
         "                await self.inbox_close(name, ())",
         "an inbox that is cancelled while it is opened leaves no channel",
         f"{_FAULTS} -k 'making or away'",
@@ -216,9 +216,9 @@ MUTANTS: Final = (
         f"{_FAULTS} -k 'making or away'",
     ),
     Mutant(
-        "local/hub.py",
-        "                body = self._codec.encode_again(message)\n",
-        "",
+        "local/deliveries.py",
+        "return message, self._codec.encode_again(message), frozenset(excluded)",
+        "return message, body, frozenset(excluded)",
         "receivers do not see whom a broadcast was not for",
         "tests/test_redis_contract.py -k pubsub",
     ),
@@ -416,8 +416,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/pubsub.py",
-        "self._hub.missing(lambda topic: self._owner(topic) is link)",
-        "self._hub.missing()",
+        "self._deliveries.missing(lambda topic: self._owner(topic) is link)",
+        "self._deliveries.missing()",
         "only those whose server was away are told of a gap",
         "tests/test_redis_servers.py",
     ),
