@@ -12,9 +12,9 @@ from layers_on_redis import CASES, PATIENCE, QUEUE, Books, Kind, both, new_prefi
 from redis_server import RedisServer, Sentinels, free_port
 
 from anyio_channels import create_channel_layer
+from anyio_channels.redis.client import make_router
 from anyio_channels.redis.client import sentinel as module
 from anyio_channels.redis.client.address import SentinelAddress, parse_host, parse_hosts
-from anyio_channels.redis.client.router import plain_router
 from anyio_channels.testing import Check
 
 
@@ -283,4 +283,4 @@ def test_urls() -> None:
     assert module.Sentinels(found).name == "Redis 'mymaster' (Sentinel at a:26379, b:1, ::1:2)"
     layer = create_channel_layer("redis+sentinel+pubsub://a/m?prefix=x")
     assert layer.__class__.__name__ == "RedisPubSubChannelLayer"
-    assert plain_router([{"address": "redis+sentinel://a/m"}]).name == "Redis 'm' (Sentinel at a:26379)"
+    assert make_router([{"address": "redis+sentinel://a/m"}], cluster=False).name == "Redis 'm' (Sentinel at a:26379)"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -29,17 +30,15 @@ _AT_ONCE: Final = 200
 """How many names one command has at most."""
 
 
+@dataclass(slots=True, eq=False)
 class Subscription:
     """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
 
-    __slots__ = ("asked", "confirmed", "link")
-
-    def __init__(self, link: Link) -> None:
-        """``link``: to the server that owns it."""
-        self.link: Link = link
-        self.confirmed: bool = False
-        self.asked: bool = False
-        """Whether a request that nobody waits for is on its way."""
+    link: Link
+    """To the server that owns it."""
+    confirmed: bool = False
+    asked: bool = False
+    """Whether a request that nobody waits for is on its way."""
 
 
 class Subscriptions:
