@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyio_channels.redis.client import Script, replies
-from anyio_channels.redis.client.replies import Greeting, SlotRange
 
 WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 ERROR = hiredis.ReplyError("ERR in it")
@@ -39,13 +38,13 @@ GOOD = [
     ("bytes_list", [b"a", b"\xff"], [b"a", b"\xff"]),
     ("items", [1, b"a"], [1, b"a"]),
     ("seconds", NOW, 1_700_000_000.5),
-    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, Greeting((7, 0, 15), is_primary=True)),
-    ("greeting", {b"proto": 3, b"version": b"6.2"}, Greeting((6, 2), is_primary=False)),
+    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, ((7, 0, 15), True)),
+    ("greeting", {b"proto": 3, b"version": b"6.2"}, ((6, 2), False)),
     ("slot_ranges", [], []),
     (
         "slot_ranges",
         [[0, 5, [b"a", 1, b"id", []], [b"b", 2, b"id"]], [6, 16383, [None, 3]]],
-        [SlotRange(0, 5, "a", 1), SlotRange(6, 16383, "", 3)],
+        [(0, 5, "a", 1), (6, 16383, "", 3)],
     ),
     ("scanned", [b"17", [b"a"]], (17, [b"a"])),
     ("address", None, None),

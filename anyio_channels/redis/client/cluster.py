@@ -27,9 +27,8 @@ from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
 from .errors import MAY_SEND_AGAIN
-from .link import MOST_HOPS, Call, Link, LinkEvents, Timeouts
-from .protocol import Argument
-from .replies import SlotRange
+from .link import MOST_HOPS, Call, Link, LinkEvents, Script, Timeouts
+from .protocol import Argument, Parse
 from .router import Router
 from .server import Server
 
@@ -80,19 +79,20 @@ class ClusterLink(Link):
         self._cluster.follow(error)
         call.link = target
         call.asking = not isinstance(error, redis.exceptions.MovedError)
-        if not call.hops or (target.connection is None and call.bell is not None):
+        if not call.hops or (target.connection is None and call.waits):
             return False  # whoever waits for the call waits for that too
         call.hops -= 1
         call.begin_again()
         target.send(call)
         return True
 
-    async def see_through(self, call: Call) -> Any:
-        """Send ``call`` to whoever owns its key, and wait for the reply, as ``execute`` says."""
-        key = _key_of(call.command)
-        if key is None:
-            return await super().see_through(call)
+    async def see_through(self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None) -> Any:
+        """Send ``command`` to whoever owns its key, and wait for the reply, as ``execute`` says."""
+        call = Call(command, parse, waits=True, link=self, script=script)
         give_up = time.monotonic() + self.timeout
+        key = _key_of(command)
+        if key is None:
+            return await self.send_when_up(call, give_up)
         while True:
             try:
                 call.hops = MOST_HOPS
@@ -225,7 +225,7 @@ class Cluster(Router):
 
     # The inside
 
-    async def _ask(self) -> tuple[str, list[SlotRange]]:
+    async def _ask(self) -> tuple[str, list[replies.SlotRange]]:
         """Return what CLUSTER SLOTS says, and the host that said so; from a node that we have a connection to, if any answers."""
         self._turn += 1
         turn = self._turn % len(self.links)
@@ -237,10 +237,10 @@ class Cluster(Router):
                         return link.server.address.host, table
         return await self._ask_first()
 
-    async def _ask_first(self) -> tuple[str, list[SlotRange]]:
+    async def _ask_first(self) -> tuple[str, list[replies.SlotRange]]:
         """As ``_ask``, from the nodes that were named: all at the same time, the first answer counts."""
 
-        async def ask(server: Server) -> tuple[str, list[SlotRange]]:
+        async def ask(server: Server) -> tuple[str, list[replies.SlotRange]]:
             try:
                 table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
             except OSError as error:
@@ -257,13 +257,12 @@ class Cluster(Router):
             error = told
         raise error
 
-    def _apply(self, its_host: str, table: list[SlotRange]) -> None:
+    def _apply(self, its_host: str, table: list[replies.SlotRange]) -> None:
         """Take over what CLUSTER SLOTS said."""
         found: dict[int, Link] = {}
-        for line in table:
+        for first, last, host, port in table:
             # A node that does not know its own address leaves it out.
-            node = self.link_to(line.host or its_host, line.port)
-            found.update(dict.fromkeys(range(line.first, line.last + 1), node))
+            found.update(dict.fromkeys(range(first, last + 1), self.link_to(host or its_host, port)))
         now = time.monotonic()
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
         used = {*found.values(), *self._kept_until}

@@ -28,7 +28,7 @@ from anyio.abc import ByteStream
 from anyio_channels.wakeup import Bell, thread
 
 from .errors import ConnectionLost, ConnectionTimeout
-from .protocol import UNANSWERED, Argument, Done, Parse, Request, RespProtocol
+from .protocol import Argument, Done, Parse, Request, RespProtocol
 
 __all__ = ["Connection", "reply_to"]
 
@@ -131,14 +131,18 @@ class Connection:
             request.settle()
             return
         protocol.queue.append(request)
+        if request.waits:
+            request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
             self._writer_bell.set()
         if request.due < self._watch_until and self._watch_bell is not None:
             self._watch_bell.set()
 
-    def submit(self, *command: Argument, parse: Parse | None = None, done: Done | None = None) -> Request:
-        """Send ``command`` as ``send`` does; ``parse`` and ``done`` as in ``Request``."""
-        request = Request(command, parse, done)
+    def submit(
+        self, *command: Argument, parse: Parse | None = None, done: Done | None = None, waits: bool = False
+    ) -> Request:
+        """Send ``command`` as ``send`` does; the rest as in ``Request``."""
+        request = Request(command, parse, done, waits)
         self.send(request)
         return request
 
@@ -157,7 +161,7 @@ class Connection:
         ended. If cancelled, the command was not sent, or it may run and its reply is swallowed.
         """
         # Not itself a coroutine function: one frame less for each reply to go through.
-        return reply_to(self.submit(*command, parse=parse))
+        return reply_to(self.submit(*command, parse=parse, waits=True))
 
     # The inside
 
@@ -219,14 +223,13 @@ class Connection:
 
 
 async def reply_to(request: Request) -> Any:
-    """Wait for the reply to ``request``, which was sent, and return it or raise its error.
+    """Wait for the reply to ``request``, which ``waits`` and was just sent, and return it or raise its error.
 
     If cancelled, the request is abandoned: it was not written, or it may run and its reply is swallowed.
     """
-    if request.reply is UNANSWERED and request.error is None:
-        request.bell = bell = thread.state.new_bell()[0]
+    if request.bell is not None:
         try:
-            await bell.waiting
+            await request.bell.waiting
         except BaseException:
             request.abandoned = True
             raise

@@ -256,14 +256,14 @@ class Link:
         Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
         the command was not sent, or it may run and its reply is swallowed.
         """
-        return self.see_through(Call(command, parse, link=self))
+        return self.see_through(command, parse)
 
     def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
         """Run ``script`` on ``keys`` and return what it returns.
 
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
-        return self.see_through(self._script_call(script, keys, args))
+        return self.see_through(self._to_run(script, keys, args), script.parse, script)
 
     def submit(self, *command: Argument, parse: Parse | None = None, done: Done | None = None) -> None:
         """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
@@ -273,18 +273,15 @@ class Link:
         self, script: Script, keys: Sequence[str], *args: Argument, done: Done, timeout: float | None = None
     ) -> None:
         """Run ``script`` on ``keys`` as ``submit`` does; ``timeout`` as in ``Connection.send``."""
-        self.send(self._script_call(script, keys, args, done), timeout)
+        command = self._to_run(script, keys, args)
+        self.send(Call(command, script.parse, done, link=self, script=script), timeout)
 
-    def _script_call(
-        self, script: Script, keys: Sequence[str], args: Sequence[Argument], done: Done | None = None
-    ) -> Call:
+    def _to_run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Sequence[Argument]:
         if script.digest in self._known:
-            command: tuple[Argument, ...] = ("EVALSHA", script.digest, len(keys), *keys, *args)
-        else:
-            command = ("EVAL", script.text, len(keys), *keys, *args)
-            if self.connection is not None:
-                self._known.add(script.digest)
-        return Call(command, script.parse, done, link=self, script=script)
+            return ("EVALSHA", script.digest, len(keys), *keys, *args)
+        if self.connection is not None:
+            self._known.add(script.digest)
+        return ("EVAL", script.text, len(keys), *keys, *args)
 
     def send(self, call: Call, timeout: float | None = None) -> None:
         """Send ``call``; it is settled at once if the link is down."""
@@ -294,11 +291,14 @@ class Link:
         else:
             self.connection.send(call, timeout)
 
-    def see_through(self, call: Call) -> Coroutine[Any, Any, Any]:
-        """Send ``call``, at once if the link is up, and return what waits for the reply, as ``execute`` says."""
+    def see_through(
+        self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Send ``command``, at once if the link is up, and return what waits for the reply, as ``execute`` says."""
+        call = Call(command, parse, waits=True, link=self, script=script)
         if self.connection is None:
             return self.send_when_up(call, time.monotonic() + self.timeout)
-        self.send(call)
+        self.connection.send(call)
         return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
 
     async def send_when_up(self, call: Call, give_up: float) -> Any:

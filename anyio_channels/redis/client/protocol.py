@@ -25,15 +25,12 @@ from hiredis import PushNotification
 
 from .errors import ConnectionLost, to_error
 
-__all__ = ["MOST_ELEMENTS", "UNANSWERED", "Argument", "Done", "Event", "Parse", "Request", "RespProtocol"]
+__all__ = ["MOST_ELEMENTS", "Argument", "Done", "Event", "Parse", "Request", "RespProtocol"]
 
 Argument: TypeAlias = bytes | str | int | float
 """What a command is made of."""
 Parse: TypeAlias = Callable[[Any], Any]
 Done: TypeAlias = "Callable[[Request], object]"
-
-UNANSWERED: Final = object()
-"""The reply of a request that has none yet."""
 
 MOST_ELEMENTS: Final = 2**20
 """An array, map, set or push may announce this many elements: hiredis allocates the list as soon as it sees the header."""
@@ -81,14 +78,15 @@ class Request:
     """
     done: Done | None = None
     """Called with the request when it is settled; it must neither wait nor raise."""
+    waits: bool = False
+    """Whether the task that sends it waits for it: then ``bell`` is rung, and ``done`` not called."""
     bell: _Bell | None = None
-    """Whom to wake, in the place of calling ``done``."""
     data: bytes = field(init=False)
     awaits: bytes | None = field(init=False)
     confirmations: int = field(init=False)
     due: float = 0.0
     """When it must be answered, by the driver's clock."""
-    reply: Any = UNANSWERED
+    reply: Any = None
     error: Exception | None = None
     written: bool = False
     abandoned: bool = False

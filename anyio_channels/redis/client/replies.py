@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 __all__ = [
-    "Greeting",
     "SlotRange",
     "address",
     "bytes_list",
@@ -34,24 +33,9 @@ __all__ = [
 ]
 
 
-class Greeting(NamedTuple):
-    """What HELLO says."""
-
-    version: tuple[int, ...]
-    is_primary: bool
-
-
-class SlotRange(NamedTuple):
-    """One line of CLUSTER SLOTS: slots from ``first`` to ``last`` belong to the primary at ``host`` and ``port``."""
-
-    first: int
-    last: int
-    host: str
-    """Empty if the node that was asked does not know its own address."""
-    port: int
-
-
 T = TypeVar("T")
+SlotRange: TypeAlias = tuple[int, int, str, int]
+"""Slots from the first number to the second belong to the primary at that host and port."""
 
 
 def _of(kind: type[T], reply: Any) -> T:
@@ -91,21 +75,21 @@ def seconds(reply: Any) -> float:
     return int(_of(bytes, whole_seconds)) + int(_of(bytes, microseconds)) / 1_000_000
 
 
-def greeting(reply: Any) -> Greeting:
-    """HELLO, in RESP3."""
+def greeting(reply: Any) -> tuple[tuple[int, ...], bool]:
+    """HELLO, in RESP3: the version, and whether it is a primary."""
     if reply[b"proto"] != 3:  # noqa: PLR2004
         raise ValueError("not RESP3")
     version = tuple(int(part) for part in re.findall(r"\d+", text(reply[b"version"]))[:3])
-    return Greeting(version, reply.get(b"role") == b"master")
+    return version, reply.get(b"role") == b"master"
 
 
 def slot_ranges(reply: Any) -> list[SlotRange]:
-    """CLUSTER SLOTS."""
+    """CLUSTER SLOTS; the host is empty if the node that was asked does not know its own address."""
     found: list[SlotRange] = []
     for first, last, (host, port, *_), *_ in items(reply):
         if not 0 <= whole(first) <= whole(last) < 16384:  # noqa: PLR2004 - so many slots a cluster has
             raise ValueError("no such slots")
-        found.append(SlotRange(first, last, "" if host is None else text(host), whole(port)))
+        found.append((first, last, "" if host is None else text(host), whole(port)))
     return found
 
 

@@ -96,7 +96,7 @@ class Server:
         if self.address.db:
             requests.append(connection.submit("SELECT", self.address.db))
         requests.append(connection.submit("PING"))  # refused while loading, when TIME is not
-        requests.append(connection.submit("TIME", parse=replies.seconds))
+        requests.append(connection.submit("TIME", parse=replies.seconds, waits=True))
         with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
             await reply_to(requests[-1])
         for request in requests:
@@ -108,9 +108,7 @@ class Server:
                         f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
                     ) from error
                 raise
-        greeting: replies.Greeting = requests[0].reply
-        connection.version = greeting.version
-        connection.is_primary = greeting.is_primary
+        connection.version, connection.is_primary = requests[0].reply
         now: float = requests[-1].reply
         return now
 
@@ -124,11 +122,13 @@ class Server:
             connection = Connection(await self.connect(), self.name, timeout=timeout)
             async with create_task_group() as tasks:
                 tasks.start_soon(connection.run)
-                requests = [connection.submit(*hello, parse=replies.greeting), connection.submit(*command, parse=parse)]
+                login = connection.submit(*hello, parse=replies.greeting)
+                request = connection.submit(*command, parse=parse, waits=True)
                 with suppress(redis.exceptions.RedisError):  # told below, where no group wraps it
-                    await reply_to(requests[-1])
+                    await reply_to(request)
                 tasks.cancel_scope.cancel()
-        return [request.result() for request in requests][-1]
+        login.result()
+        return request.result()
 
 
 def reasons(cause: BaseException) -> str:
