@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis.connection import SSLConnection, parse_url
@@ -44,6 +44,7 @@ _TLS_OPTIONS: Final = frozenset(
     }
 )  # fmt: skip
 _SENTINEL_PORT: Final = 26379
+T = TypeVar("T")
 _SENTINEL_HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
 
 
@@ -195,11 +196,8 @@ def _parse_url(url: object) -> dict[str, Any]:
 
 
 def _parse_sentinel_url(url: str) -> dict[str, Any]:
-    scheme, _, rest = url.partition("://")
-    rest, mark, query = rest.partition("?")
-    login, at, place = rest.rpartition("@")
-    servers, _, path = place.partition("/")
-    master_name, _, db = path.partition("/")
+    scheme, login, servers, path = _parts(url)
+    master_name, _, db = path[1:].partition("/")
     pairs = [pair for server in servers.split(",") if (pair := _SENTINEL_HOST.fullmatch(server))]
     if not master_name or len(pairs) <= servers.count(",") or not re.fullmatch(r"\d*", db):
         # No part of it here: it may hold a password.
@@ -207,7 +205,7 @@ def _parse_sentinel_url(url: str) -> dict[str, Any]:
             "a Sentinel URL is redis+sentinel://[user[:password]@]host[:port][,host[:port]...]/master_name[/db][?options]"
         )
     # The rest is as in any URL of a Redis; the host is what the sentinels will say.
-    options = _parse_url(f"{scheme.partition('+')[0]}://{login}{at}primary/{db}{mark}{query}")
+    options = _parse_url(f"{scheme.partition('+')[0]}://{login}primary/{db}?{url.partition('?')[2]}")
     del options["host"]
     of_sentinels = {name: value for name, value in options.items() if name.startswith("ssl")}
     for name in ("username", "password"):
@@ -221,6 +219,14 @@ def _parse_sentinel_url(url: str) -> dict[str, Any]:
     }
 
 
+def _parts(url: str) -> tuple[str, str, str, str]:
+    """Return the scheme of ``url``, its user and password with the @, the names of servers, and the path with its slash."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    login, at, nodes = rest.rpartition("@")
+    names, slash, path = nodes.partition("/")
+    return scheme, login + at, names, slash + path
+
+
 def options_of(scheme: str) -> list[str]:
     """Return the names of the options that a URL of ``scheme`` may give for its servers."""
     return [*_OPTIONS, *(["sentinel_password", "sentinel_username"] if scheme.endswith("+sentinel") else [])]
@@ -231,25 +237,21 @@ def split_url(url: str, others: Collection[str]) -> SplitURL:
 
     ``others``: the names of options that are not for the servers.
     """
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("?")[0]
-    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
-    tail = urlencode([pair for pair in pairs if pair[0] not in others])
-    tail = f"?{tail}" if tail else ""
-    login, at, nodes = place.rpartition("@")
-    names, slash, path = nodes.partition("/")
+    scheme, login, names, path = _parts(url)
     if "," in names and not all(names.split(",")):
         raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
-    if "," in place and "@" in login:
+    if "," in login + names + path and "@" in login[:-1]:
         raise ValueError(
             "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
         )
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    tail = urlencode([pair for pair in pairs if pair[0] not in others])
     is_cluster = scheme.endswith("+cluster")
     scheme = scheme.removesuffix("+cluster")
-    hosts: list[Host] = [f"{scheme}://{place}{tail}"]
-    if is_cluster or ("," in names and scheme in {"redis", "rediss"}):
-        # Each server of the list with what else the URL says.
-        hosts = [f"{scheme}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
+    is_list = is_cluster or scheme in {"redis", "rediss"}
+    hosts: list[Host] = [
+        f"{scheme}://{login}{name}{path}{tail and '?'}{tail}" for name in (names.split(",") if is_list else [names])
+    ]
     return SplitURL(hosts, is_cluster, [pair for pair in pairs if pair[0] in others])
 
 
@@ -262,16 +264,10 @@ def _host(name: str, value: object) -> str:
     return value
 
 
-def _text(name: str, value: object) -> str | None:
-    if not isinstance(value, str | None):
-        raise TypeError(f"{name} of a Redis host must be a str")  # and not what it is: it may be a password
+def _only(kind: type[T], name: str, value: object) -> T | None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} of a Redis host must be a {kind.__name__}")  # and not what it is: it may be a password
     return value or None
-
-
-def _provider(name: str, value: object) -> CredentialProvider | None:
-    if not isinstance(value, CredentialProvider | None):
-        raise TypeError(f"{name} must be a redis.CredentialProvider")
-    return value
 
 
 def _whole(least: int, most: int, name: str, value: object) -> int:
@@ -298,16 +294,16 @@ def _seconds(name: str, value: Any) -> float | None:
 
 
 _RULES: Final[dict[str, Callable[[str, Any], Any]]] = {
-    "client_name": _text,
-    "credential_provider": _provider,
+    "client_name": partial(_only, str),
+    "credential_provider": partial(_only, CredentialProvider),
     "db": partial(_whole, 0, 2**31),
     "host": _host,
-    "password": _text,
+    "password": partial(_only, str),
     "port": partial(_whole, 1, 65535),
     "socket_connect_timeout": _seconds,
     "socket_timeout": _seconds,
     "ssl": _flag,
-    "username": _text,
+    "username": partial(_only, str),
 }
 _OPTIONS: Final = sorted({*_RULES, *_TLS_OPTIONS, "path", "unix_socket_path"})
 """Every option a host entry accepts."""

@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import redis.exceptions
 from anyio import Event, move_on_after, sleep
-from anyio.abc import TaskGroup
 from redis.crc import key_slot
 
 from . import replies
@@ -137,7 +136,6 @@ class Cluster(Router):
         self._by_address: dict[tuple[str, int], ClusterLink] = {}
         self._owners: list[Link | None] = [None] * _SLOTS
         self._bell = Event()
-        self._leaving: list[Link] = []
         self._turn = 0
         self._moved_at: dict[int, float] = {}
         self._kept_until: dict[Link, float] = {}
@@ -205,7 +203,7 @@ class Cluster(Router):
         """Ask who owns what."""
         self._bell.set()
 
-    async def _follow_changes(self, tasks: TaskGroup) -> None:
+    async def _follow_changes(self) -> None:
         while True:
             with move_on_after(self._timeouts.keep_alive):
                 await self._bell.wait()  # and now and then, for not every change is heard of
@@ -214,9 +212,6 @@ class Cluster(Router):
                 self._bell = Event()
                 with suppress(redis.exceptions.RedisError):
                     self._apply(*await self._ask())
-                leaving, self._leaving = self._leaving, []
-                for link in leaving:
-                    tasks.start_soon(link.retire)
                 if all(link.connection is not None for link in self.links):
                     self._moved_at.clear()
                     break
@@ -241,11 +236,7 @@ class Cluster(Router):
         """As ``_ask``, from the nodes that were named: all at the same time, the first answer counts."""
 
         async def ask(server: Server) -> tuple[str, list[replies.SlotRange]]:
-            try:
-                table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
-            except OSError as error:
-                why = str(error) or "it did not answer in time"
-                raise redis.exceptions.ConnectionError(f"{server.name} cannot be reached: {why}") from error
+            table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
             if not table:
                 raise redis.exceptions.ClusterDownError(f"{server.name}: no node of the cluster owns a slot")
             return server.address.host, table
@@ -266,11 +257,10 @@ class Cluster(Router):
         now = time.monotonic()
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
         used = {*found.values(), *self._kept_until}
-        self._leaving += [link for link in self.links if link not in used]
-        self.links: list[Link] = [link for link in self.links if link in used]
-        for link in self._leaving:
-            if link.connection is not None:
-                link.connection.mute()
+        for link in tuple(self.links):
+            if link not in used:
+                self.links.remove(link)
+                link.retire()
         self._by_address = {address: link for address, link in self._by_address.items() if link in used}
         self._assign(found)
 

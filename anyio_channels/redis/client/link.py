@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha1
@@ -168,15 +167,18 @@ class Link:
         finally:
             self._troubles.close()
 
-    async def retire(self) -> None:
-        """End the connection when all that is in flight is answered; calls that wait for it get ``LinkRetired``."""
+    def retire(self) -> None:
+        """Deliver no pushes any more, and end the connection when all that is in flight is answered.
+
+        Calls that wait for it to be up get ``LinkRetired``.
+        """
         self.retired = True
         self._tell()
-        if self.connection is not None:
+        if self.connection is None:
+            self._scope.cancel()
+        else:
             self.connection.mute()
-            with suppress(redis.exceptions.RedisError):
-                await self.connection.execute("PING")
-        self._scope.cancel()
+            self.connection.submit("PING", done=lambda _: self._scope.cancel())
 
     async def _run(self) -> None:
         failures = 0

@@ -108,7 +108,7 @@ class Router:
                 for server in self.servers:
                     if isinstance(server, Sentinels):
                         tasks.start_soon(self._watch, server)
-                await self._follow_changes(tasks)
+                await self._follow_changes()
         finally:
             self._tasks = None
 
@@ -118,7 +118,7 @@ class Router:
             self.running.append(link)
             self._tasks.start_soon(link.run)
 
-    async def _follow_changes(self, tasks: TaskGroup) -> None:  # noqa: ARG002 - for those who begin tasks
+    async def _follow_changes(self) -> None:
         """Do what must be done when servers change. These servers do not change."""
         await sleep_forever()
 

@@ -43,7 +43,7 @@ class Sentinels(Server):
         self.servers: list[Server] = [Server(one) for one in address.sentinels]
         self._found: tuple[str, int] | None = None
         self._doubted: tuple[str, int] | None = None
-        self._question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.master_name)
+        self.question: tuple[str, ...] = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.master_name)
 
     @property
     def name(self) -> str:
@@ -79,20 +79,15 @@ class Sentinels(Server):
         """Ask all sentinels; the first answer that is not in doubt counts."""
 
         async def ask(sentinel: Server) -> tuple[str, int]:
-            return _known(await sentinel.ask(*self._question, parse=replies.address, timeout=_ASK_SECONDS))
+            return _known(await sentinel.ask(*self.question, parse=replies.address, timeout=_ASK_SECONDS))
 
         ended = await try_each(
             ask, self.servers, enough=lambda told: not isinstance(told, Exception) and told != self._doubted
         )
         answers = [told for _, told in ended if not isinstance(told, Exception)]
         if not answers:
-            troubles = (
-                f"{one.address.host}:{one.address.port}: {str(error) or 'it did not answer in time'}"
-                for one, error in ended
-            )
-            raise redis.exceptions.ConnectionError(
-                f"no sentinel told where {self.master_name!r} is: {'; '.join(troubles)}"
-            )
+            troubles = "; ".join(f"{one.address.host}:{one.address.port}: {error}" for one, error in ended)
+            raise redis.exceptions.ConnectionError(f"no sentinel told where {self.master_name!r} is: {troubles}")
         return answers[-1]
 
     # Following
@@ -100,10 +95,6 @@ class Sentinels(Server):
     def watch(self, switched: Callable[[str], object], timeouts: Timeouts) -> Link:
         """Return the link that calls ``switched`` with ``name_at`` of the primary when that may be new, not running."""
         return Link(_AnySentinel(self.servers), timeouts, _Watch(self, switched))
-
-    async def ask_on(self, connection: Connection) -> tuple[str, int]:
-        """Ask a sentinel on a connection to it."""
-        return _known(await connection.execute(*self._question, parse=replies.address))
 
 
 class _Watch(LinkEvents):
@@ -116,7 +107,8 @@ class _Watch(LinkEvents):
     async def restore(self, link: Link, connection: Connection) -> None:  # noqa: ARG002 - there is one
         await connection.execute("SUBSCRIBE", "+switch-master")
         # It may have been said while nobody listened.
-        self._switched(self._sentinels.name_at(await self._sentinels.ask_on(connection)))
+        place = _known(await connection.execute(*self._sentinels.question, parse=replies.address))
+        self._switched(self._sentinels.name_at(place))
 
     def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - there is one
         words = push[-1].split() if push[:2] == [b"message", b"+switch-master"] else []

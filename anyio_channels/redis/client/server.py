@@ -115,18 +115,22 @@ class Server:
     async def ask(self, *command: str, parse: Parse, timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
         """Log in on a connection of its own, send ``command``, and return the reply.
 
-        Raises ``OSError``, for a time-out too, and errors of the ``redis`` package.
+        Raises an error of the ``redis`` package.
         """
-        with fail_after(timeout):
-            hello = await self._hello()
-            connection = Connection(await self.connect(), self.name, timeout=timeout)
-            async with create_task_group() as tasks:
-                tasks.start_soon(connection.run)
-                login = connection.submit(*hello, parse=replies.greeting)
-                request = connection.submit(*command, parse=parse, waits=True)
-                with suppress(redis.exceptions.RedisError):  # told below, where no group wraps it
-                    await reply_to(request)
-                tasks.cancel_scope.cancel()
+        try:
+            with fail_after(timeout):
+                hello = await self._hello()
+                connection = Connection(await self.connect(), self.name, timeout=timeout)
+                async with create_task_group() as tasks:
+                    tasks.start_soon(connection.run)
+                    login = connection.submit(*hello, parse=replies.greeting)
+                    request = connection.submit(*command, parse=parse, waits=True)
+                    with suppress(redis.exceptions.RedisError):  # told below, where no group wraps it
+                        await reply_to(request)
+                    tasks.cancel_scope.cancel()
+        except OSError as error:
+            why = str(error) or "it did not answer in time"
+            raise redis.exceptions.ConnectionError(f"{self.name} cannot be reached: {why}") from error
         login.result()
         return request.result()
 

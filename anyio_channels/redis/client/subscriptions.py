@@ -108,16 +108,14 @@ class Subscriptions:
         subscription = self.wanted[name]
         if not (subscription.confirmed or subscription.asked) and subscription.link.connection is not None:
             subscription.asked = True
-            subscription.link.submit(
-                self._subscribe, name, done=partial(self._answered, name, subscription, subscription.link)
-            )
+            subscription.link.submit(self._subscribe, name, done=partial(self._answered, name, subscription))
 
-    def _answered(self, name: str, subscription: Subscription, link: Link, request: Request) -> None:
+    def _answered(self, name: str, subscription: Subscription, request: Request) -> None:
         subscription.asked = False
         if self.wanted.get(name) is not subscription:
             return
         if request.error is None:
-            subscription.confirmed = link.connection is not None
+            subscription.confirmed = subscription.link.connection is not None
             self._on_confirmed(name)
         else:
             self._fail(name, request.error)
