@@ -26,7 +26,7 @@ from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
 from .errors import MAY_SEND_AGAIN
-from .link import MOST_HOPS, Call, Link, LinkEvents, Script, Timeouts
+from .link import Call, Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Parse
 from .router import Router
 from .server import Server
@@ -87,25 +87,23 @@ class ClusterLink(Link):
 
     async def see_through(self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None) -> Any:
         """Send ``command`` to whoever owns its key, and wait for the reply, as ``execute`` says."""
-        call = Call(command, parse, waits=True, link=self, script=script)
-        give_up = time.monotonic() + self.timeout
         key = _key_of(command)
-        if key is None:
-            return await self.send_when_up(call, give_up)
+        give_up = time.monotonic() + self.timeout
+        link: Link = self
+        asking = False
         while True:
+            call = Call(command, parse, waits=True, asking=asking, link=link, script=script)
             try:
-                call.hops = MOST_HOPS
-                call.begin_again()
-                return await call.link.send_when_up(call, give_up)
+                return await link.send_when_up(call, give_up)
             except (redis.exceptions.AskError, *MAY_SEND_AGAIN) as error:
-                if time.monotonic() > give_up:
+                if key is None or time.monotonic() > give_up:
                     raise
+                link, asking = call.link, call.asking
                 if not isinstance(error, redis.exceptions.AskError):
                     self._cluster.follow(error)
                     await sleep(_PAUSE)
-                    call.asking = False
-                    call.link = self._cluster.owner("", key)
-                elif call.link.connection is not None:
+                    link, asking = self._cluster.owner("", key), False
+                elif link.connection is not None:
                     await sleep(_PAUSE)  # they do not agree yet
 
     def on_trouble(self) -> None:

@@ -131,7 +131,7 @@ class Connection:
             request.settle()
             return
         protocol.queue.append(request)
-        if request.waits:
+        if request.waits and request.bell is None:  # else it is sent again, and waited for since
             request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
             self._writer_bell.set()

@@ -33,10 +33,10 @@ from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
 from .protocol import Argument, Done, Parse, Request
 from .server import Server
 
-__all__ = ["MOST_HOPS", "Call", "Link", "LinkEvents", "Script", "Timeouts"]
+__all__ = ["Call", "Link", "LinkEvents", "Script", "Timeouts"]
 
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
-MOST_HOPS: Final = 16
+_MOST_HOPS: Final = 16
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
 _QUIET: Final = 10.0
@@ -102,17 +102,13 @@ class Call(Request):
     """Who mends it."""
     script: Script | None = None
     """The one that ``command`` runs."""
-    hops: int = MOST_HOPS
+    hops: int = _MOST_HOPS
     """How many more redirections may be followed at once."""
 
     def settle(self) -> None:
         """Tell whoever asked, unless the link sends it again."""
-        if (self.error is not None or self.asking) and not self.abandoned and self.link.mend(self):
-            return
-        if self.bell is not None:
-            self.bell.set()
-        elif self.done is not None:
-            self.done(self)
+        if (self.error is None and not self.asking) or self.abandoned or not self.link.mend(self):
+            Request.settle(self)
 
 
 class Link:
@@ -307,17 +303,11 @@ class Link:
         """Send ``call`` when the link is up, if that is before ``give_up``, and wait for the reply."""
         timeout = None
         if self.connection is None:
-            await self.up_until(give_up)
+            with move_on_after(give_up - time.monotonic()):
+                await self.ready()
             timeout = max(0.0, give_up - time.monotonic())
         self.send(call, timeout)
         return await reply_to(call)
-
-    async def up_until(self, give_up: float) -> None:
-        """Wait for the connection until ``give_up``, by ``time.monotonic()``; then raise why there is none."""
-        with move_on_after(give_up - time.monotonic()):
-            await self.ready()
-        if self.connection is None:
-            raise self.down_error()
 
     def mend(self, call: Call) -> bool:
         """Send a call that failed again, if that mends it; ``False``: whoever asked is to be told."""
