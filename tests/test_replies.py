@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import isfunction
 from typing import Any
 
 import hiredis
@@ -27,7 +28,7 @@ def of_script(script: Script) -> Callable[[Any], Any]:
 
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
-    **{name: getattr(replies, name) for name in replies.__all__ if name[0].islower()},
+    **{name: found for name, found in vars(replies).items() if isfunction(found) and name[0] != "_"},
     **{name: of_script(script) for name, script in SCRIPTS.items()},
 }
 

@@ -7,8 +7,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import redis.exceptions
 from anyio import create_task_group, sleep
@@ -75,7 +76,7 @@ class RedisOptions:
         }
 
     async def run(
-        self, events: LinkEvents, beside: Callable[[], Awaitable[None]], *, task_status: TaskStatus[None]
+        self, events: LinkEvents, beside: Callable[[], Coroutine[Any, Any, None]], *, task_status: TaskStatus[None]
     ) -> None:
         """Connect to the servers, say so by ``task_status``, and run them until cancelled, with ``beside`` in a task.
 

@@ -2,6 +2,8 @@
 
 From the bottom: ``protocol`` (no I/O), ``connection`` drives it, ``server`` logs in, ``link`` comes back, ``router`` and
 ``cluster`` know who owns a key, ``subscriptions`` are kept on all of them. ``address`` parses hosts and URLs.
+
+What is imported here is for others; within the client, each file offers the names that do not begin with an underscore.
 """
 
 from __future__ import annotations

@@ -22,17 +22,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from redis.connection import SSLConnection, parse_url
 from redis.credentials import CredentialProvider
 
-__all__ = [
-    "Address",
-    "Host",
-    "SentinelAddress",
-    "SplitURL",
-    "options_of",
-    "parse_host",
-    "parse_hosts",
-    "split_url",
-]
-
 Host = str | tuple[str, int] | list[Any] | dict[str, Any]
 """One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
 

@@ -14,8 +14,6 @@ from typing import TypeVar
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group
 
-__all__ = ["at_each", "try_each"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

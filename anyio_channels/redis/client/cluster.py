@@ -31,8 +31,6 @@ from .protocol import Argument, Parse
 from .router import Router
 from .server import Server
 
-__all__ = ["Cluster", "make_router"]
-
 _SLOTS: Final = 16384
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 0.5

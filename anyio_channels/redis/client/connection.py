@@ -30,8 +30,6 @@ from anyio_channels.wakeup import Bell, thread
 from .errors import ConnectionLost, ConnectionTimeout
 from .protocol import Argument, Done, Parse, Request, RespProtocol
 
-__all__ = ["Connection", "reply_to"]
-
 _CHUNK: Final = 65536
 
 

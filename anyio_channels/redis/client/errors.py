@@ -16,17 +16,6 @@ from typing import Final
 
 import redis.exceptions
 
-__all__ = [
-    "MAY_SEND_AGAIN",
-    "NOT_READY",
-    "OUTAGE",
-    "ConnectionLost",
-    "ConnectionTimeout",
-    "LinkRetired",
-    "is_refusal",
-    "to_error",
-]
-
 _ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "ASK": redis.exceptions.AskError,
     "CLUSTERDOWN": redis.exceptions.ClusterDownError,

@@ -33,8 +33,6 @@ from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
 from .protocol import Argument, Done, Parse, Request
 from .server import Server
 
-__all__ = ["Call", "Link", "LinkEvents", "Script", "Timeouts"]
-
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 _MOST_HOPS: Final = 16
 _MOST_FAILURES: Final = 16

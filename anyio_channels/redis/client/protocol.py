@@ -25,8 +25,6 @@ from hiredis import PushNotification
 
 from .errors import ConnectionLost, to_error
 
-__all__ = ["MOST_ELEMENTS", "Argument", "Done", "Event", "Parse", "Request", "RespProtocol"]
-
 Argument: TypeAlias = bytes | str | int | float
 """What a command is made of."""
 Parse: TypeAlias = Callable[[Any], Any]

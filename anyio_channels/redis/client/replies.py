@@ -14,25 +14,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
-__all__ = [
-    "SlotRange",
-    "address",
-    "bytes_list",
-    "counts",
-    "greeting",
-    "info",
-    "items",
-    "popped_many",
-    "popped_one",
-    "scanned",
-    "scored",
-    "seconds",
-    "slot_ranges",
-    "text",
-    "whole",
-]
-
-
 T = TypeVar("T")
 SlotRange: TypeAlias = tuple[int, int, str, int]
 """Slots from the first number to the second belong to the primary at that host and port."""

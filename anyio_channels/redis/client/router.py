@@ -24,8 +24,6 @@ from .link import Link, LinkEvents, Timeouts
 from .sentinel import Sentinels
 from .server import Server
 
-__all__ = ["Router"]
-
 _RING: Final = 4096
 
 

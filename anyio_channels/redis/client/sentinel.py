@@ -26,8 +26,6 @@ from .connection import Connection
 from .link import Link, LinkEvents, Timeouts
 from .server import Server
 
-__all__ = ["Sentinels"]
-
 _SWITCH_WORDS: Final = 5
 _ASK_SECONDS: Final = 1.0
 """How long one sentinel may take to answer."""

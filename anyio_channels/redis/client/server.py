@@ -22,8 +22,6 @@ from .address import Address
 from .connection import Connection, reply_to
 from .protocol import Parse
 
-__all__ = ["Server"]
-
 _LIBRARY: Final = "anyio_channels"
 
 

@@ -23,8 +23,6 @@ from .link import Link
 from .protocol import Request
 from .router import Router
 
-__all__ = ["Subscription", "Subscriptions"]
-
 _PAUSE: Final = 0.05
 _AT_ONCE: Final = 200
 """How many names one command has at most."""
