@@ -29,10 +29,9 @@ def _of(kind: type[T], reply: Any) -> T:
 
 def items(reply: Any, count: int | None = None) -> Sequence[Any]:
     """An array, of ``count`` elements if that is given."""
-    found = _of(list, reply)
-    if count is not None and len(found) != count:
-        raise ValueError(f"not {count} elements")
-    return found
+    if not isinstance(reply, list) or (count is not None and len(reply) != count):
+        raise TypeError(f"not an array{'' if count is None else f' of {count}'}")
+    return reply
 
 
 def whole(reply: Any) -> int:
@@ -106,8 +105,8 @@ def scored(reply: Any) -> list[tuple[bytes, float]]:
 
 
 def _score(reply: Any) -> float:
-    if math.isnan(_of(float, reply)):
-        raise ValueError("not a score")
+    if reply.__class__ is not float or math.isnan(reply):
+        raise TypeError("not a score")
     return float(reply)
 
 
