@@ -20,7 +20,7 @@ from anyio_channels.contract.message import SerializerFormat
 from anyio_channels.contract.options import require_seconds
 from anyio_channels.log import KEEP_ALIVE_FAILED, said
 
-from .client import Host, Link, LinkEvents, Request, Router, Server, Timeouts, make_router
+from .client import Host, Link, LinkEvents, Request, Router, Sentinels, Timeouts, make_router
 
 __all__ = ["OnRedis", "RedisLayerStatistics", "RedisOptions", "every", "log_keep_alive"]
 
@@ -131,7 +131,7 @@ class OnRedis:
     def server(self) -> tuple[str, int | None] | None:
         """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
         server = self.options.router.servers[0]
-        if self.cluster or len(self.options.router.servers) > 1 or not isinstance(server, Server):
+        if self.cluster or len(self.options.router.servers) > 1 or isinstance(server, Sentinels):
             return None
         address = server.address
         return (address.host, address.port) if address.path is None else (address.path, None)
