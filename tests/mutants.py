@@ -57,6 +57,7 @@ _LAYERS: Final = "tests/test_redis_layers.py"
 _MOMENTS: Final = "tests/test_redis_moments.py"
 _CLUSTER: Final = "tests/test_redis_cluster.py"
 _SENTINEL: Final = "tests/test_redis_sentinel.py"
+_LINK: Final = "tests/test_link.py"
 _CONNECTION: Final = "tests/test_connection.py"
 _PROTOCOL: Final = "tests/test_protocol.py"
 _RECEIVING: Final = "tests/test_receiving.py"
@@ -234,14 +235,14 @@ MUTANTS: Final = (
         "            if life in (Life.CLOSING, Life.CLOSED):",
         "            if life is Life.CLOSED:",
         "whoever uses a layer that is being closed is told that it is closed",
-        f"{_FAULTS} {_LAYERS} -k 'clos or left'",
+        f"{_FAULTS} -k clos",
     ),
     Mutant(
         "local/later.py",
         "        self._wanted[act] = None\n        self._bell.set()",
         "        self._wanted[act] = None",
         "what is wanted soon is done soon",
-        f"{_LAYERS} -k queue",
+        f"{_MOMENTS} {_FAULTS} -k 'gives_back or readers_here'",
     ),
     Mutant(
         "wakeup.py",
@@ -305,7 +306,7 @@ MUTANTS: Final = (
         "            while self.connection is None and not self.refused:",
         "            while self.connection is None:",
         "a wrong password is told at once, not after connect_timeout",
-        f"{_LAYERS} {_FAULTS}",
+        _LINK,
     ),
     Mutant(
         "redis/client/link.py",
@@ -313,14 +314,14 @@ MUTANTS: Final = (
         "                    failures = 0",
         "                await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push))",
         "after a success the backoff begins anew",
-        "tests/test_connection.py tests/test_server.py",
+        _LINK,
     ),
     Mutant(
         "redis/client/link.py",
         "        call.begin_again()\n        self.send(call, max(0.0, call.due - time.monotonic()))",
         "        call.begin_again()\n        self.send(call)",
         "a script that is sent again has the time that was left, not all of it again",
-        f"{_CONNECTION} tests/test_server.py",
+        _LINK,
     ),
     Mutant(
         "redis/client/cluster.py",
@@ -341,7 +342,7 @@ MUTANTS: Final = (
         "not isinstance(told, Exception) and told != self.doubted",
         "not isinstance(told, Exception)",
         "a sentinel that lags behind is not believed twice",
-        f"{_SENTINEL} -k 'say or said'",
+        f"{_SENTINEL} -k lags",
     ),
     Mutant(
         "redis/client/sentinel.py",
@@ -497,21 +498,21 @@ MUTANTS: Final = (
         "                queue.link.submit(self._unsubscribe, marker)",
         "                pass",
         "a sender who need not wait any more does not listen any more",
-        f"{_LAYERS} {_FAULTS} -k 'room or wait'",
+        f"{_LAYERS} -k room",
     ),
     Mutant(
         "redis/queue/memberships.py",
         "        if isinstance(request.error, ConnectionLost):\n            self._to_leave[link].append((group, channel))",
         "        if False:\n            self._to_leave[link].append((group, channel))",
         "leaving a group is told again when the connection was lost with it",
-        f"{_FAULTS} -k 'queue or while_away'",
+        f"{_FAULTS} -k 'leaving or while_away'",
     ),
     Mutant(
         "redis/queue/memberships.py",
         "            names = [name for name in group.members if name not in group.expiries]",
         "            names = list(group.members)",
         "a membership of group_add ends group_expiry after the last group_add",
-        f"{_FAULTS} tests/test_redis_contract.py",
+        f"{_LAYERS} -k memberships",
     ),
     Mutant(
         "redis/queue/session.py",
@@ -532,7 +533,7 @@ MUTANTS: Final = (
         "        except BaseException:\n            self._session.memberships.leave_soon([(group, channel)])",
         "        except Exception:\n            self._session.memberships.leave_soon([(group, channel)])",
         "joining a group, if cancelled, leaves no membership in Redis",
-        _LAYERS,
+        f"{_FAULTS} -k joining",
     ),
     Mutant(
         "redis/queue/layer.py",

@@ -68,6 +68,17 @@ async def until_answered(layer: LayerOnRedis) -> None:
             await anyio.wait_all_tasks_blocked()
 
 
+async def until_sent(layer: OnRedis) -> None:
+    """Wait until something was sent that Redis has not answered, and nobody is about to send more."""
+    connection = layer.options.router.links[0].connection
+    assert connection is not None
+    with fail_after(PATIENCE):
+        await anyio.wait_all_tasks_blocked()
+        while not connection.pending:
+            await anyio.sleep(0.002)
+            await anyio.wait_all_tasks_blocked()
+
+
 def make(kind: Kind, url: str, **options: Any) -> Any:
     return kind.layer_class([url], **{"timeout": 2.0, "connect_timeout": 2.0, "prefix": new_prefix(), **options})
 
@@ -855,6 +866,30 @@ async def test_a_pop_that_is_cut_off(server: RedisServer) -> None:
             assert await inbox.receive() == {"type": "channel_layer.gap", "missed": None}
 
 
+async def test_leaving_that_redis_did_not_hear_of(server: RedisServer) -> None:
+    """An inbox has left its groups in the end, also if the connection was lost with what it told Redis."""
+    async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url) as layer:
+        async with layer.subscribe("room"):
+            proxy.swallow()
+        await until_sent(layer)
+        proxy.stop_swallowing()
+        proxy.cut_all()
+        with server.client() as client:
+            await until(lambda: not client.exists(Names(layer.prefix).group("room")))
+
+
+async def test_joining_that_is_cancelled(server: RedisServer) -> None:
+    """An inbox whose joining is cancelled, while Redis is doing it perhaps, is no member."""
+    async with make(QUEUE, server.url, timeout=PATIENCE) as layer, layer.subscribe() as inbox:
+        server.pause()
+        async with create_task_group() as tg:
+            tg.start_soon(inbox.join, "room")
+            await until_sent(layer)
+            tg.cancel_scope.cancel()
+        server.resume()
+        assert await layer.group_channels("room") == set()
+
+
 async def test_held_while_away(server: RedisServer) -> None:
     """What was popped for a reader who is gone waits here while Redis is away: for a reader here, or to be given back."""
     async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url, timeout=0.2) as layer:
@@ -938,6 +973,19 @@ async def test_closing_while_redis_stands_still(server: RedisServer, caplog: pyt
             await layer.new_channel()
             await until(lambda: popper(layer).popping)
             await to_thread.run_sync(server.kill)
+
+
+@both
+async def test_used_while_it_is_closed(kind: Kind, server: RedisServer) -> None:
+    """Whoever uses a layer that is closed, or is being closed, is told so, and not that it was never opened."""
+    async with make(kind, server.url, timeout=PATIENCE) as layer, create_task_group() as tg:
+        server.pause()
+        tg.start_soon(layer.close)
+        await anyio.wait_all_tasks_blocked()
+        for call in (lambda: layer.send("a", {}), lambda: layer.receive("a"), layer.new_channel, layer.flush):
+            with pytest.raises(anyio.ClosedResourceError):
+                await call()
+        server.resume()
 
 
 @both

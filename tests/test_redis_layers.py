@@ -16,7 +16,19 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper, session, settle_queue
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    both,
+    grow_older,
+    hears,
+    link_to_group,
+    new_prefix,
+    popper,
+    session,
+    settle_queue,
+)
 from ormsgpack import packb
 from redis_server import RedisServer
 
@@ -288,6 +300,26 @@ async def test_many_messages_at_once_keep_their_order(redis_server: RedisServer)
 
 
 @asynchronous
+async def test_renewed_are_memberships_of_inboxes(redis_server: RedisServer) -> None:
+    """A membership of group_add lasts from the last group_add on, also for a channel of this process."""
+    async with make(QUEUE, redis_server) as layer, layer.subscribe("room") as inbox:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+
+        async def joined() -> dict[bytes, float]:
+            await link.execute("PING")
+            with redis_server.client() as client:
+                return dict(client.zrange(Names(layer.prefix).group("room"), 0, -1, withscores=True))
+
+        link = link_to_group(layer, "room")
+        before = await joined()
+        session(layer).memberships.renew(link)
+        after = await joined()
+        assert after[inbox.channel.encode()] > before[inbox.channel.encode()]
+        assert after[channel.encode()] == before[channel.encode()]
+
+
+@asynchronous
 async def test_readers_in_several_layers_share(redis_server: RedisServer) -> None:
     """Each message of a normal channel goes to one reader, wherever that is; who was cancelled took nothing."""
     prefix = new_prefix()
@@ -334,6 +366,8 @@ async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> Non
                 client.zpopmin(Names(prefix).channel("a"))  # as channels_redis does: nobody is told
         assert await two.receive("a") == {"n": 2}
         assert not session(one).senders.queues
+        with redis_server.client() as client:
+            await until(lambda: not client.pubsub_channels(f"{prefix}*"))
 
 
 @asynchronous

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import redis.exceptions
-from anyio import create_task_group, fail_after, to_thread
+from anyio import Event, create_task_group, fail_after, to_thread
+from anyio.lowlevel import checkpoint
 from layers_on_redis import CASES, PATIENCE, QUEUE, Books, Kind, both, new_prefix, until
 from redis_server import RedisServer, Sentinels, free_port
 
@@ -190,6 +191,33 @@ async def test_what_sentinels_may_say(quiet_sentinels: Sentinels) -> None:
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]}"):
         await layer.open()
     assert doubting.doubted == gone
+
+
+@pytest.mark.anyio
+async def test_a_sentinel_that_lags_behind() -> None:
+    """While the primary is not where one sentinel says, another one's answer counts, also if that comes later."""
+    old, new = ("127.0.0.1", 1), ("127.0.0.1", 2)
+    told = Event()
+
+    class Lagging:
+        async def ask(self, *_: Any, **__: Any) -> tuple[str, int]:
+            told.set()
+            return old
+
+    class Knowing:
+        async def ask(self, *_: Any, **__: Any) -> tuple[str, int]:
+            await told.wait()
+            for _ in range(5):
+                await checkpoint()
+            return new
+
+    address = parse_host({"sentinels": [("127.0.0.1", 3), ("127.0.0.1", 4)], "master_name": "mymaster"})
+    assert isinstance(address, SentinelAddress)
+    asked = module.Sentinels(address)
+    asked.servers[:] = [Lagging(), Knowing()]  # type: ignore[list-item]
+    assert await asked.ask() == old
+    asked.doubted = old
+    assert await asked.ask() == new
 
 
 @pytest.mark.anyio
