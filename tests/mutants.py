@@ -310,9 +310,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/client/link.py",
-        "                if await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push)):\n"
-        "                    failures = 0",
-        "                await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push))",
+        "min(failures + 1, _MOST_FAILURES) if self.connects == connects else 1",
+        "min(failures + 1, _MOST_FAILURES)",
         "after a success the backoff begins anew",
         _LINK,
     ),
@@ -325,8 +324,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/client/cluster.py",
-        "range(line.first, line.last + 1)",
-        "range(line.first, line.last)",
+        "range(first, last + 1)",
+        "range(first, last)",
         "the last slot of each range has an owner",
         f"{_CLUSTER} -k 'asking or options or urls or slots or odd or astray or date'",
     ),
@@ -382,8 +381,8 @@ MUTANTS: Final = (
     # The bytes in Redis
     Mutant(
         "redis/wire.py",
-        "        if ours and not any(key.startswith(other) for other in others):",
-        "        if ours:",
+        "for key in found if not key.startswith(others)}",
+        "for key in found}",
         "flush spares the keys of a longer prefix",
         f"{_LAYERS} -k flush",
     ),

@@ -68,7 +68,7 @@ async def until_answered(layer: LayerOnRedis) -> None:
             await anyio.wait_all_tasks_blocked()
 
 
-async def until_sent(layer: OnRedis) -> None:
+async def until_sent(layer: LayerOnRedis) -> None:
     """Wait until something was sent that Redis has not answered, and nobody is about to send more."""
     connection = layer.options.router.links[0].connection
     assert connection is not None
