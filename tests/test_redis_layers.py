@@ -347,6 +347,27 @@ async def test_readers_in_several_layers_share(redis_server: RedisServer) -> Non
 
 
 @asynchronous
+async def test_room_made_by_a_pop_that_takes_the_marker(redis_server: RedisServer) -> None:
+    """If a message and a sender who waits come while a reader is blocked, the pop finds the sender first: it is told."""
+    async with make(QUEUE, redis_server) as layer, create_task_group() as tg:
+        tg.start_soon(layer.receive, "a")
+        await until(lambda: layer.statistics().waiting_receivers)
+        await settle_queue(layer)
+        key = Names(layer.prefix).channel("a")
+        with redis_server.client() as client, client.pubsub() as sender:
+            sender.subscribe(Names(layer.prefix).room(key))
+            assert sender.get_message(timeout=PATIENCE)["type"] == "subscribe"
+            with client.pipeline() as at_once:
+                at_once.zadd(Names(layer.prefix).room(key), {"": 0})
+                at_once.zadd(key, {os.urandom(12) + packb({}): client.time()[0]})
+                at_once.execute()
+            await until(lambda: layer.statistics().received)
+            told = sender.get_message(timeout=5)  # it is there already, if it comes
+            assert told is not None
+            assert told["type"] == "message"
+
+
+@asynchronous
 async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> None:
     """send(wait=True) goes on as soon as a reader in another layer, or one that announces nothing, has made room."""
     prefix = new_prefix()
