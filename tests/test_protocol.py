@@ -447,6 +447,17 @@ def test_a_reply_that_is_parsed() -> None:
     assert request.result() == 12.0
 
 
+@pytest.mark.parametrize(("wire", "number"), [(b":12\r\n", 12), (b"+12\r\n", None), (b"#t\r\n", None), (b",1.5\r\n", None)])
+def test_a_reply_that_must_be_an_integer(wire: bytes, number: int | None) -> None:
+    """``int`` as a parser converts nothing: what is not an integer is a wrong reply."""
+    request = Request(("ZCARD", "k"), parse=int)
+    feed(waiting(request), [wire])
+    if number is None:
+        check_lost(request, "it does not answer as Redis would: ZCARD", may_have_run=True)
+    else:
+        assert request.result() == number
+
+
 def test_a_mistake_in_a_parser_is_not_hidden() -> None:
     """Only what a wrong type raises is taken for one."""
 

@@ -392,6 +392,40 @@ async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> Non
 
 
 @asynchronous
+async def test_room_that_nobody_waits_for(redis_server: RedisServer) -> None:
+    """Room that is announced when the last sender has gone wakes nobody."""
+    async with make(QUEUE, redis_server, capacity=1) as layer:
+        await layer.send("a", {})
+        with anyio.move_on_after(0.01):  # a real moment, in which it begins to wait
+            await layer.send("a", {}, wait=True)
+        session(layer).senders.heard(Names(layer.prefix).channel("a"))
+        assert not session(layer).senders.queues
+
+
+@asynchronous
+async def test_an_idle_channel_dropped_under_a_reader(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A channel that is dropped between a reader's finding it and waiting at it is found again; a closed one is not."""
+    async with make(QUEUE, redis_server) as layer:
+        here = session(layer).here
+        original = here.find
+        dropped: list[str] = []
+
+        def find(name: str) -> Any:
+            channel = original(name)
+            if not dropped:
+                dropped.append(name)
+                here.forget(channel)
+            return channel
+
+        monkeypatch.setattr(here, "find", find)
+        await layer.send("a", {"n": 1})
+        assert await layer.receive("a") == {"n": 1}
+        assert dropped == ["a"]
+
+
+@asynchronous
 async def test_waiting_for_room_through_an_outage(tmp_path: Any) -> None:
     """A sender that waits for room is told when Redis goes away, and nothing of its wait is left."""
     with RedisServer(tmp_path) as server:
@@ -454,7 +488,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
             await until(lambda: not client.pubsub_numsub(gone)[0][1])
             assert client.pubsub_numsub(read)[0][1] == client.pubsub_numsub(inbox.channel)[0][1] == 1
             assert await layer.group_channels("room") == set()
-            with pytest.raises(RuntimeError, match="takes channels of this process, and .* is none"):
+            with pytest.raises(RuntimeError, match="takes only channels of this process here, and .* is not one"):
                 await layer.group_add("room", gone)
 
 

@@ -24,7 +24,7 @@ SCRIPTS = {"send": SEND, "send waiting": SEND_WAITING, "pop": POP, "members": GR
 
 def of_script(script: Script) -> Callable[[Any], Any]:
     assert script.parse is not None
-    return script.parse
+    return replies.whole if script.parse is int else script.parse  # the protocol checks for an int as that does
 
 
 PARSERS: dict[str, Callable[[Any], Any]] = {

@@ -18,12 +18,12 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any
 
-from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError
-from anyio.abc import TaskStatus
+from anyio import CancelScope, ClosedResourceError
 
 from anyio_channels.contract.layer import BaseChannelLayer, ChannelLayerStatistics, Life, Message, OnGap, Overflow
 from anyio_channels.contract.message import EXCLUDE_KEY, Codec
@@ -102,11 +102,7 @@ class Hub(BaseChannelLayer):
                 self._life = Life.NEW if self._life is Life.CLOSED else self._life
             return
         self._reset()
-        await self._home.open(self._run)
-
-    async def _run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        if self.transport is not None:
-            await self.transport.run(self._deliveries, task_status=task_status)
+        await self._home.open(partial(self.transport.run, self._deliveries))
 
     async def close(self) -> None:
         """Close the layer, as ``BaseChannelLayer.close`` says. With a transport, it waits for the end of that.
@@ -245,10 +241,11 @@ class Hub(BaseChannelLayer):
         Goes on waiting while the transport is away. Raises the transport's error for a channel that cannot be had.
         """
         while True:
-            try:
-                source = self._here.channels.get(channel) or self._find(channel)
-            except TypeError:
-                source = self._find(channel)  # refuses an unhashable name in the words of the rule
+            source = self._here.channels.get(channel) if channel.__class__ is str else None
+            if source is None:
+                if self.transport is not None:
+                    await self._check_in(0)  # before there is a channel to subscribe to
+                source = self._find(channel)
             item = None
             if source.entries:
                 state = thread.state
@@ -285,12 +282,11 @@ class Hub(BaseChannelLayer):
     async def _listen(self, channel: str) -> None:
         """Do what ``receive`` begins with. What is sent to ``channel`` from then on comes, if the transport is there."""
         source = self._find(channel)
-        if self.transport is not None and not source.attended:
+        if self.transport is not None:
             await self._attend(self.transport, source)
 
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""
-        await self._check_in(0)
         try:
             await self._subscribe(transport, channel.name)
         except transport.outage:

@@ -85,19 +85,18 @@ class RedisOptions:
         """
         timeouts = Timeouts(timeout=self.timeout, connect_timeout=self.connect_timeout, keep_alive=self.keep_alive)
         await self.router.open(events, timeouts)
-        failure: redis.exceptions.RedisError | None = None
+        failures: list[redis.exceptions.RedisError] = []
         async with create_task_group() as tasks:
             tasks.start_soon(self.router.run)
             tasks.start_soon(beside)
             try:
                 await self.router.reached()
             except redis.exceptions.RedisError as error:
-                failure = error  # raised outside, where no group wraps it
+                failures.append(error)
                 tasks.cancel_scope.cancel()
             else:
                 task_status.started()
-        if failure is not None:
-            raise failure
+        raise failures[0]  # only a failure ends the block in order; here no group wraps it
 
 
 class OnRedis:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError
 from anyio.abc import TaskStatus
@@ -38,6 +38,8 @@ from .session import Session
 from .setup import Setup
 
 __all__ = ["RedisChannelLayer"]
+
+T = TypeVar("T")
 
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
 
@@ -207,17 +209,17 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
     async def _send_now(self, key: str, entry: bytes, capacity: int) -> bool:
         """Send, or return ``False``: the channel is full."""
         link = self._router.owner(key[len(self.prefix) :], key)
-        try:
+        try:  # as _told() does, without the call: for each message
             if self._router.clustered:
                 sent = self._names.sent(key)
-                reply = await link.call(CLUSTERED[SEND], [key], entry, capacity, self.expiry, sent)
+                reply: int = await link.call(CLUSTERED[SEND], [key], entry, capacity, self.expiry, sent)
             else:
                 reply = await link.call(SEND, [key], entry, capacity, self.expiry)
         except ConnectionLost as error:
             self._raise_if_closed(error)
             raise
         self._session.delivery.expired_elsewhere += reply if reply >= 0 else -1 - reply
-        return int(reply) >= 0
+        return reply >= 0
 
     async def _send_or_wait(self, link: Link, key: str, entry: bytes, capacity: int) -> int:
         """Send and return -1; or the milliseconds until the oldest message of the channel expires."""
@@ -362,11 +364,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         await self._check_in()
         self._home.require_open()
         self._here.clear()
-        try:
-            await at_each(self._session.flush_server, self._router.links)
-        except ConnectionLost as error:
-            self._raise_if_closed(error)
-            raise
+        await self._told(at_each(self._session.flush_server, self._router.links))
         self._here.clear()
 
     # Groups
@@ -377,16 +375,9 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         self.require_valid_channel_name(channel)
         await self._check_in()
         self._home.require_open()
-        await self._join(group, channel)
+        await self._told(self._session.memberships.add(group, channel))
         if self._session.owns(channel):
             self._join_here(group, channel, self.group_expiry)
-
-    async def _join(self, group: str, channel: str) -> None:
-        try:
-            await self._session.memberships.add(group, channel)
-        except ConnectionLost as error:
-            self._raise_if_closed(error)
-            raise
 
     def _join_here(self, group: str, channel: str, expiry: float | None) -> None:
         member = self._here.find(channel)
@@ -400,11 +391,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         await self._check_in()
         self._home.require_open()
         self._here.leave(group, channel)
-        try:
-            await self._session.memberships.owner(group).execute("ZREM", self._names.group(group), channel)
-        except ConnectionLost as error:
-            self._raise_if_closed(error)
-            raise
+        await self._told(self._session.memberships.discard(group, channel))
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` as they are now, in whatever process."""
@@ -452,7 +439,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         await self._check_in()
         self._home.require_open()
         try:
-            await self._join(group, channel)
+            await self._told(self._session.memberships.add(group, channel))
         except BaseException:
             self._session.memberships.leave_soon([(group, channel)])
             raise
@@ -476,8 +463,12 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         return RedisLayerStatistics(**figures, **self.options.figures())
 
     async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any) -> Any:
+        return await self._told(link.call(script, keys, *args))
+
+    async def _told(self, call: Awaitable[T]) -> T:
+        """Await a call to Redis; one that fails because the layer is being closed says that."""
         try:
-            return await link.call(script, keys, *args)
+            return await call
         except ConnectionLost as error:
             self._raise_if_closed(error)
             raise

@@ -53,6 +53,10 @@ class Memberships:
         """Make ``channel`` a member, for ``group_expiry`` seconds. If cancelled, it is a member or is not."""
         await self.owner(group).call(GROUP_ADD, [self._names.group(group)], self._group_expiry, channel)
 
+    async def discard(self, group: str, channel: str) -> None:
+        """End the membership of ``channel``. If cancelled, it is a member or is not."""
+        await self.owner(group).execute("ZREM", self._names.group(group), channel)
+
     # Leaving
 
     def leave_soon(self, memberships: Iterable[tuple[str, str]]) -> None:

@@ -139,9 +139,7 @@ class Receiving:
         untidy, self._untidy = self._untidy, set()
         for channel in untidy:
             if channel.demand:
-                if channel.state is State.IDLE:
-                    self.begin(channel)
-                continue
+                continue  # somebody came, and began anew
             if channel.state is not State.FETCHING:
                 self._requests.source_of(channel).stop_waiting(channel)
             if self._requests.can_ask(channel):

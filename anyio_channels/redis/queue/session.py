@@ -128,12 +128,8 @@ class Session(LinkEvents):
             while self._fetches[link]:
                 await link.execute("PING")
             await link.ready()
-            late, self.receiving.late = self.receiving.late, []
-            for channel, popped in late:
-                if self.link_of(channel.key) is link:
-                    self.give_back(channel, [popped])
-                else:
-                    self.receiving.late.append((channel, popped))
+            for channel, popped in [late for late in self.receiving.late if self.link_of(late[0].key) is link]:
+                self.give_back(channel, [popped])
             if isinstance(source, BlockingPop):
                 await source.forget_keys()
             else:

@@ -1,0 +1,46 @@
+"""Functions that are called later."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from anyio import create_task_group
+
+from anyio_channels.local.later import Later
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_soon_is_once() -> None:
+    """However often it is asked for before its turn, a function is called once; and again when it is asked for again."""
+    calls: list[str] = []
+    later = Later()
+
+    def act() -> None:
+        calls.append("act")
+
+    async with create_task_group() as tasks:
+        later.soon(act)  # before there is anybody to call it
+        later.soon(act)
+        tasks.start_soon(later.run)
+        await anyio.wait_all_tasks_blocked()
+        assert calls == ["act"]
+        later.soon(act)
+        await anyio.wait_all_tasks_blocked()
+        assert calls == ["act", "act"]
+        tasks.cancel_scope.cancel()
+
+
+async def test_each_pause_is_its_own() -> None:
+    """A short pause does not wait for a long one; without anybody to call it, nothing is called."""
+    called = anyio.Event()
+    later = Later()
+    later.after(0.001, called.set)
+    async with create_task_group() as tasks:
+        tasks.start_soon(later.run)
+        await anyio.wait_all_tasks_blocked()
+        later.after(3600, called.set)
+        assert not called.is_set()
+        later.after(0.001, called.set)  # a real pause, of the shortest kind
+        await called.wait()
+        tasks.cancel_scope.cancel()
