@@ -65,6 +65,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         ),
         ({"address": "unix:///run/redis.sock", "password": "pw"}, Address(path="/run/redis.sock", password="pw")),
         ({"host": "example", "username": "", "password": ""}, Address(host="example")),
+        ({"host": "example", "socket_timeout": None, "client_name": None}, Address(host="example")),
         ({}, Address()),
     ],
 )

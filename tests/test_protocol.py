@@ -440,6 +440,15 @@ def test_a_reply_of_a_wrong_type(error: type[Exception]) -> None:
         assert isinstance(request.error.__cause__, error)
 
 
+@pytest.mark.parametrize("reply", [b"+1\r\n", b"#t\r\n", b"_\r\n", b",1\r\n"], ids=repr)
+def test_int_takes_integers_only(reply: bytes) -> None:
+    """Where an integer is due, nothing that could be read as one is taken for it."""
+    for chunks in splits(reply):
+        request = Request(("INCR", "k"), int)
+        assert feed(waiting(request), chunks) == [request]
+        check_lost(request, "it does not answer as Redis would: INCR with ", may_have_run=True)
+
+
 def test_a_reply_that_is_parsed() -> None:
     """The caller gets what the parser returns."""
     request = Request(("GET", "k"), parse=float)

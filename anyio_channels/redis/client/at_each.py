@@ -53,8 +53,8 @@ async def at_each(call: Callable[[T], Awaitable[R]], targets: Sequence[T]) -> li
     """
     if len(targets) == 1:
         return [await call(targets[0])]
-    ended = await try_each(lambda number: call(targets[number]), range(len(targets)))
-    results = {number: outcome for number, outcome in ended if not isinstance(outcome, Exception)}
+    ended = await try_each(lambda numbered: call(numbered[1]), list(enumerate(targets)))
+    results = {number: outcome for (number, _), outcome in ended if not isinstance(outcome, Exception)}
     if errors := [outcome for _, outcome in ended if isinstance(outcome, Exception)]:
         raise errors[0]
-    return [results[number] for number in range(len(targets))]
+    return [results[number] for number in sorted(results)]

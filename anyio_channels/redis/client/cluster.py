@@ -106,8 +106,7 @@ class ClusterLink(Link):
 
     def on_trouble(self) -> None:
         """Ask who owns what now."""
-        if self in self._cluster.links:
-            self._cluster.refresh_soon()
+        self._cluster.refresh_soon()
 
 
 class Cluster(Router):
@@ -253,10 +252,10 @@ class Cluster(Router):
         now = time.monotonic()
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
         used = {*found.values(), *self._kept_until}
-        for link in tuple(self.links):
-            if link not in used:
-                self.links.remove(link)
-                link.retire()
+        leaving = [link for link in self.links if link not in used]
+        self.links: list[Link] = [link for link in self.links if link in used]  # anew, for some go through the old one
+        for link in leaving:
+            link.retire()
         self._by_address = {address: link for address, link in self._by_address.items() if link in used}
         self._assign(found)
 
