@@ -51,10 +51,6 @@ class InMemoryChannelLayer(Hub):
             clock=clock,
         )
 
-    def __repr__(self) -> str:
-        """Show the options that tell one layer from another."""
-        return f"<{type(self).__name__} expiry={self.expiry} capacity={self.capacity}>"
-
     def send_nowait(self, channel: str, message: Message) -> None:
         """Send ``message`` to ``channel``, from any thread, with or without an event loop.
 
@@ -83,7 +79,7 @@ class InMemoryChannelLayer(Hub):
         excluded = self._require_valid_exclude(exclude)
         data = self._encode(message)
         self._require_open()
-        self._deliver_to_group(group, data, excluded)
+        self._deliveries.deliver_to_group(group, data, excluded)
 
 
 channel_layer: Final = InMemoryChannelLayer()

@@ -25,7 +25,7 @@ from anyio import Event, NoEventLoopError, current_effective_deadline, get_cance
 from anyio.abc import AsyncBackend
 from anyio.lowlevel import checkpoint, current_token
 
-__all__ = ["CANCELLED", "YIELD_EVERY", "Bell", "ThreadState", "thread"]
+__all__ = ["CANCELLED", "YIELD_EVERY", "Bell", "Ringable", "ThreadState", "thread"]
 
 YIELD_EVERY: Final = 48
 """Of so many calls in a row that need not wait, one lets the other tasks of the thread run."""
@@ -34,15 +34,19 @@ CANCELLED: Final = -math.inf
 """The effective deadline of a task whose cancel scope was cancelled."""
 
 
-class Bell(Protocol):
+class Ringable(Protocol):
+    """What wakes one task."""
+
+    def set(self) -> object:
+        """Ring, in the loop of the task that waits. Ringing again does nothing."""
+
+
+class Bell(Ringable, Protocol):
     """What one task waits at, once."""
 
     @property
     def waiting(self) -> Awaitable[object]:
         """Returns when the bell was rung; to be awaited once, by the task that made the bell."""
-
-    def set(self) -> object:
-        """Ring, in the loop of the task that waits. Ringing again does nothing."""
 
 
 class _FutureBell:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -145,7 +146,16 @@ class DropsWaiters(InMemoryChannelLayer):
 class SkipsFull(InMemoryChannelLayer):
     """A full member stops the broadcast: those behind it miss it too."""
 
-    def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
+    async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        with self.stopping():
+            await super().group_send(group, message, exclude=exclude)
+
+    def group_send_nowait(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        with self.stopping():
+            super().group_send_nowait(group, message, exclude=exclude)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
         original = Group.present
 
         def present(self: Group, now: float, rung: list[Waiter]) -> list[Channel]:
@@ -155,7 +165,7 @@ class SkipsFull(InMemoryChannelLayer):
 
         Group.present = present  # type: ignore[method-assign]
         try:
-            super()._deliver_to_group(group, body, excluded)
+            yield
         finally:
             Group.present = original  # type: ignore[method-assign]
 

@@ -53,7 +53,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         arguments, cases, *_ = mark.args
         start = mark.kwargs["start"]
         turns = [(case, names[(start + number) % len(names)]) for number, case in enumerate(cases)]
-        params = [pytest.param(*case.values, LOOPS[name], id=f"{case.id}-{name}") for case, name in turns]
+        params = [
+            pytest.param(*case.values, LOOPS[name], id=f"{case.id}-{name}", marks=case.marks) for case, name in turns
+        ]
         metafunc.parametrize((*arguments, "anyio_backend"), params, indirect=["anyio_backend"])
         return
     if definition.get_closest_marker("two_loops"):
@@ -117,18 +119,21 @@ def unmeasured_processes() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+# These live as long as a module: an idle cluster takes 2 % of a core, for its nodes greet each other all the time.
+
+
+@pytest.fixture(scope="module")
+def quiet_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A cluster that no test disturbs, and no busy machine: it takes longer than the others to miss a node."""
+    with RedisCluster(tmp_path_factory.mktemp("quiet"), node_timeout=5000) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
 def spare_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spares[RedisCluster]]:
     parent = tmp_path_factory.mktemp("clusters")
-    with Spares(lambda: RedisCluster(new_directory(parent, "cluster")), ahead=2) as spares:
+    with Spares(lambda: RedisCluster(new_directory(parent, "cluster"))) as spares:
         yield spares
-
-
-@pytest.fixture(scope="session")
-def quiet_cluster(spare_clusters: Spares[RedisCluster]) -> Iterator[RedisCluster]:
-    """A cluster that no test disturbs."""
-    with spare_clusters.lend() as cluster:
-        yield cluster
 
 
 @pytest.fixture
@@ -138,18 +143,18 @@ def cluster(spare_clusters: Spares[RedisCluster]) -> Iterator[RedisCluster]:
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def quiet_sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    """A primary behind Sentinel that no test disturbs."""
+    with Sentinels(tmp_path_factory.mktemp("quiet")) as sentinels:
+        yield sentinels
+
+
+@pytest.fixture(scope="module")
 def spare_sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spares[Sentinels]]:
     parent = tmp_path_factory.mktemp("sentinels")
     with Spares(lambda: Sentinels(new_directory(parent, "set"))) as spares:
         yield spares
-
-
-@pytest.fixture(scope="session")
-def quiet_sentinels(spare_sentinels: Spares[Sentinels]) -> Iterator[Sentinels]:
-    """A primary behind Sentinel that no test disturbs."""
-    with spare_sentinels.lend() as sentinels:
-        yield sentinels
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import anyio.abc
@@ -19,7 +19,7 @@ from redis_server import RedisServer
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
 from anyio_channels.local.directory import Channel
-from anyio_channels.redis.client import Link, LinkEvents, Subscriptions
+from anyio_channels.redis.client import Link, LinkEvents, Server, Subscriptions
 from anyio_channels.redis.pubsub import PubSub
 from anyio_channels.redis.queue.blocking import BlockingPop
 from anyio_channels.redis.queue.channels import QueueChannel
@@ -27,7 +27,8 @@ from anyio_channels.redis.queue.session import Session
 from anyio_channels.redis.wire import Names
 from anyio_channels.testing import CHECKS, Clock, Features, LayerFactory
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+LayerOnRedis: TypeAlias = RedisChannelLayer | RedisPubSubChannelLayer
 _numbers = itertools.count()
 
 
@@ -101,7 +102,7 @@ def session(layer: BaseChannelLayer) -> Session:
 def transport(layer: BaseChannelLayer) -> PubSub:
     """Return what carries the messages of a pub/sub layer."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    found = layer._transport
+    found = layer.transport
     assert isinstance(found, PubSub)
     return found
 
@@ -134,6 +135,12 @@ def link_to_channel(layer: BaseChannelLayer, name: str) -> Link:
         return session(layer).link_of(Names(layer.prefix).channel(name))
     assert isinstance(layer, RedisPubSubChannelLayer)
     return layer.options.router.owner(name, name)
+
+
+def port_of(link: Link) -> int:
+    """Return the port of the server that ``link`` leads to."""
+    assert isinstance(link.server, Server)
+    return link.server.address.port
 
 
 def link_to_group(layer: BaseChannelLayer, name: str) -> Link:

@@ -195,9 +195,9 @@ MUTANTS: Final = (
     # A layer on a directory and a transport, and its life
     Mutant(
         "local/hub.py",
-        "            try:\n                await self._subscribe(self._transport, name)\n            except BaseException:\n"
+        "            try:\n                await self._subscribe(self.transport, name)\n            except BaseException:\n"
         "                await self.inbox_close(name, ())",
-        "            try:\n                await self._subscribe(self._transport, name)\n            except Exception:\n"
+        "            try:\n                await self._subscribe(self.transport, name)\n            except Exception:\n"
         "                await self.inbox_close(name, ())",
         "an inbox that is cancelled while it is opened leaves no channel",
         f"{_FAULTS} -k 'making or away'",
@@ -217,9 +217,9 @@ MUTANTS: Final = (
         f"{_FAULTS} -k 'making or away'",
     ),
     Mutant(
-        "local/hub.py",
-        "                body = self._codec.encode_again(message)\n",
-        "",
+        "local/deliveries.py",
+        "return message, self._codec.encode_again(message), frozenset(excluded)",
+        "return message, body, frozenset(excluded)",
         "receivers do not see whom a broadcast was not for",
         "tests/test_redis_contract.py -k pubsub",
     ),
@@ -310,9 +310,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/client/link.py",
-        "                if await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push)):\n"
-        "                    failures = 0",
-        "                await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push))",
+        "min(failures + 1, _MOST_FAILURES) if self.connects == connects else 1",
+        "min(failures + 1, _MOST_FAILURES)",
         "after a success the backoff begins anew",
         _LINK,
     ),
@@ -325,8 +324,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/client/cluster.py",
-        "range(line.first, line.last + 1)",
-        "range(line.first, line.last)",
+        "range(first, last + 1)",
+        "range(first, last)",
         "the last slot of each range has an owner",
         f"{_CLUSTER} -k 'asking or options or urls or slots or odd or astray or date'",
     ),
@@ -382,8 +381,8 @@ MUTANTS: Final = (
     # The bytes in Redis
     Mutant(
         "redis/wire.py",
-        "        if ours and not any(key.startswith(other) for other in others):",
-        "        if ours:",
+        "for key in found if not key.startswith(others)}",
+        "for key in found}",
         "flush spares the keys of a longer prefix",
         f"{_LAYERS} -k flush",
     ),
@@ -417,8 +416,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/pubsub.py",
-        "self._hub.missing(lambda topic: self._owner(topic) is link)",
-        "self._hub.missing()",
+        "self._deliveries.missing(lambda topic: self._owner(topic) is link)",
+        "self._deliveries.missing()",
         "only those whose server was away are told of a gap",
         "tests/test_redis_servers.py",
     ),

@@ -142,7 +142,11 @@ def test_names(host: str, name: str) -> None:
         ({"password": SECRET.encode()}, TypeError, "password of a Redis host must be a str"),
         ({"username": 1}, TypeError, "username of a Redis host must be a str"),
         ({"client_name": 1}, TypeError, "client_name of a Redis host must be a str"),
-        ({"credential_provider": ("me", SECRET)}, TypeError, "credential_provider must be a redis.CredentialProvider"),
+        (
+            {"credential_provider": ("me", SECRET)},
+            TypeError,
+            "credential_provider of a Redis host must be a CredentialProvider",
+        ),
         (
             {"socket_timeout": 0},
             ValueError,

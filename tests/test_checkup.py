@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from anyio import CancelScope
-from anyio_channels.layers.redis.checkup import Finding, check_up
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import RedisCluster, RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis import checkup
+from anyio_channels.doctor.checkup import check_up
+from anyio_channels.doctor.findings import Finding
 from anyio_channels.redis.client import Link
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
@@ -75,7 +75,8 @@ async def test_the_mark_of_an_open_layer_stays(tmp_path: Path) -> None:
             before = set(client.keys("*"))
             assert b"asgi:prefix" in before
             assert wrong(await findings(QUEUE, server.url)) == set()
-            assert set(client.keys("*")) - {b"asgi:wake:" + layer.client.encode()} == before
+            process = inbox.channel.removeprefix("specific.").partition("!")[0]
+            assert set(client.keys("*")) - {b"asgi:wake:" + process.encode()} == before
             await layer.group_send("room", {"type": "still.here"})
             assert await inbox.receive() == {"type": "still.here"}
 
@@ -174,19 +175,16 @@ async def test_one_of_several(tmp_path: Path) -> None:
         ]
 
 
-async def test_one_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_goes_away(tmp_path: Path) -> None:
     """A server that dies while it is looked at does not keep the other from being checked."""
     with server_with(tmp_path) as one, server_with(tmp_path) as two:
         layers = [RedisChannelLayer([one.url, two.url], connect_timeout=0.5) for _ in range(2)]
-        check = checkup._Checkup._check_latency
 
-        async def die(self: Any, link: Any) -> None:
-            if str(one.port) in link.name:
-                one.kill()
-            await check(self, link)
+        def clock() -> float:
+            one.kill()  # it is the first whose clock is looked at
+            return time.time()
 
-        monkeypatch.setattr(checkup._Checkup, "_check_latency", die)
-        found = await check_up(layers[0], layers[1])
+        found = await check_up(layers[0], layers[1], clock)
     verdicts = {(finding.check, finding.server): finding.verdict for finding in found}
     first, second = (f"Redis at {server.host}:{server.port}" for server in (one, two))
     assert verdicts["reached", first] == "wrong"

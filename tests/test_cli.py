@@ -64,13 +64,13 @@ def test_layer_from_the_environment() -> None:
 def test_layer_that_cannot_be_opened() -> None:
     before = """
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.layers import registry
+from anyio_channels.urls import register_scheme
 
 class Broken(InMemoryChannelLayer):
     async def open(self):
         raise ConnectionError("no answer from ann:s3cret@db:1234")
 
-registry._SCHEMES["broken"] = lambda url, options: Broken()
+register_scheme("broken", lambda url: Broken())
 """
     result = run("demo", "--port", "0", "--layer", "broken://ann:s3cret@db:1234/chat?password=s3cret", before=before)
     assert result.returncode == 1

@@ -320,7 +320,7 @@ def test_redis_is_not_installed() -> None:
 def test_an_error_of_one_of_several_tasks() -> None:
     """What fails in a task group is one line, as anywhere else."""
     before = """
-from anyio_channels.layers.redis import survey
+from anyio_channels.doctor import survey
 async def require(self):
     raise ExceptionGroup("tasks", [ExceptionGroup("more", [OSError("it is gone")])])
 survey.Survey.require = require
@@ -332,7 +332,7 @@ survey.Survey.require = require
 def test_a_mistake_of_ours_has_a_traceback() -> None:
     """What is nobody's fault but ours is not hidden."""
     before = """
-from anyio_channels.layers.redis import survey
+from anyio_channels.doctor import survey
 survey.Survey.require = None
 """
     result = run("groups", "--layer", "redis://127.0.0.1:1", before=before)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from redis_server import Listener
 from scripted_stream import NAME, PATIENCE, ScriptedStream, in_time, serving, settle
 
-from anyio_channels.redis.client.connection import Connection
+from anyio_channels.redis.client.connection import Connection, reply_to
 from anyio_channels.redis.client.errors import ConnectionLost, ConnectionTimeout
 from anyio_channels.redis.client.protocol import Request
 
@@ -491,7 +491,9 @@ async def test_a_request_may_have_its_own_timeout(first: str) -> None:
         await stream.wrote()
         await settle()
         with pytest.raises(ConnectionTimeout):
-            await connection.execute("GET", "k", timeout=0.05)
+            request = Request(("GET", "k"), waits=True)
+            connection.send(request, 0.05)
+            await reply_to(request)
         assert isinstance(patient.error, ConnectionTimeout)
 
 
@@ -516,7 +518,8 @@ async def test_an_idle_connection_lives() -> None:
         assert await connection.execute("PING") == b"OK"
         stream.answer(b"+OK\r\n")
         answered = connection.submit("PING")
-        request = connection.submit("PING", timeout=20)
+        request = Request(("PING",))
+        connection.send(request, 20)
         await sleep(0.05)
         assert not connection.ended
         stream.feed(b"+late\r\n")

@@ -33,7 +33,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 expect.set_options(timeout=1000 * PATIENCE)
 MAX_TEXT = 2000
 BACKENDS = ["asyncio", "trio"]

@@ -11,10 +11,11 @@ import pytest
 import redis.exceptions
 from anyio import EndOfStream, Event, create_task_group, fail_after
 from anyio.abc import ByteStream
-from scripted_stream import NAME, PATIENCE, ScriptedStream
+from scripted_stream import PATIENCE, ScriptedStream
 
-from anyio_channels.redis.client import Connection, Link, LinkEvents, Request, Script, Timeouts
+from anyio_channels.redis.client import Connection, Link, LinkEvents, Request, Script, Server, Timeouts
 from anyio_channels.redis.client import link as module
+from anyio_channels.redis.client.address import Address
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
@@ -22,14 +23,11 @@ LONG = 1000.0
 """Seconds that no test waits for."""
 
 
-class PlayedServer:
+class PlayedServer(Server):
     """Whatever it was told comes of each attempt to connect, one after the other; then a stream that says nothing."""
 
-    name = NAME
-    timeout = None
-    connect_timeout = None
-
     def __init__(self, *outcomes: ScriptedStream | Exception) -> None:
+        super().__init__(Address(host="there", port=1))
         self.outcomes = deque(outcomes)
         self.refusal: Exception | None = None
 

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from ormsgpack import packb
 
+from anyio_channels import RedisChannelLayer
 from anyio_channels.local.waiting import Mailroom, Waiter
-from anyio_channels.log import Troubles
 from anyio_channels.redis.client import ConnectionLost
 from anyio_channels.redis.queue.channels import QueueChannel, QueueDirectory, State
 from anyio_channels.redis.queue.delivery import Delivery, Failure, Popped
 from anyio_channels.redis.queue.receiving import Receiving, Source
-from anyio_channels.redis.wire import PayloadCodec
 
 NAMES = ["left.a", "left.b", "right.a"]
 LOST = ConnectionLost("gone", may_have_run=False)
@@ -117,12 +116,10 @@ class PlayedRedis:
         self.later: list[Callable[[], object]] = []
         self.told: list[str] = []
         self.popping: dict[str, tuple[str, bytes, float]] = {}
-        mailroom = Mailroom(lambda: 0.0)
-        troubles = Troubles(lambda: 0.0, 60)
-        codec = PayloadCodec(2**20, None, random_prefix_length=12)
-        self.here = QueueDirectory(mailroom, lambda _: 100, lambda name: name, lambda _: None)
-        self.delivery = Delivery(self.here, codec, 60, troubles)
-        self.receiving = Receiving(self, self.delivery, troubles)
+        layer = RedisChannelLayer(prefix="", clock=lambda: 0.0)
+        self.here = QueueDirectory(Mailroom(lambda: 0.0), lambda _: 100, lambda name: name, lambda _: None)
+        self.delivery = Delivery(layer._setup, self.here)
+        self.receiving = Receiving(self, self.delivery, layer._setup.troubles)
         self.here.receiving = self.receiving
         self.numbers = itertools.count(1)
         self.lost: set[int] = set()
@@ -322,6 +319,23 @@ def test_what_nobody_reads_goes_back(played: PlayedRedis, leaving: Callable[[Pla
     assert played.here_now() == []
 
 
+def test_what_one_of_two_readers_does_not_take(played: PlayedRedis) -> None:
+    """Two messages come for two readers, one of whom has left: the other gets the first, and the second goes back."""
+    sent = [played.put("left.a"), played.put("left.a")]
+    played.cut("left", LOST)
+    readers = [Reader(played.channel("left.a")) for _ in sent]
+    played.mend("left")
+    played.sources["left"].blocked.clear()
+    readers[0].channel.state = State.IDLE
+    played.receiving.begin(readers[0].channel)
+    readers[1].cancel()
+    played.answer("left")
+    readers[0].run()
+    played.settle()
+    assert number(readers[0].got.entry) == sent[0]
+    assert list(played.queues["left.a"].values()) == [sent[1]]
+
+
 @pytest.mark.parametrize("tidied", [False, True])
 def test_a_pop_for_a_reader_who_left(played: PlayedRedis, tidied: bool) -> None:
     """The blocking pop has taken a message when its reader leaves: it goes back."""
@@ -455,7 +469,7 @@ def test_while_redis_is_away_readers_block(played: PlayedRedis) -> None:
     played.pop("left.a")
     reader.run()
     assert number(reader.got.entry) == sent
-    assert reader.channel.state is State.IDLE
+    assert played.channel("left.a").state is State.IDLE
 
 
 @pytest.mark.parametrize("moment", ["fetching", "popping", "here"])
@@ -529,9 +543,9 @@ class ReceivingMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     def pop(self, name: str) -> None:
         source = self.redis.sources[self.redis.side(name)]
-        if name in source.blocked and self.redis.queues[name] and not source.must_stop:
-            if source.side not in self.redis.popping:
-                self.redis.begin_pop(name)
+        is_popping = source.side in self.redis.popping
+        if name in source.blocked and self.redis.queues[name] and not source.must_stop and not is_popping:
+            self.redis.begin_pop(name)
 
     @rule(side=st.sampled_from(["left", "right"]))
     def end_pop(self, side: str) -> None:

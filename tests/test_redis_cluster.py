@@ -37,7 +37,7 @@ from redis.crc import key_slot
 from redis_server import RedisCluster, RedisServer, free_port
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
-from anyio_channels.redis.client.cluster import Cluster
+from anyio_channels.redis.client import make_router
 from anyio_channels.redis.duplicates import Marks
 from anyio_channels.redis.queue.channels import QueueChannel, State
 from anyio_channels.redis.wire import Names
@@ -429,7 +429,7 @@ def test_slots_of_what_belongs_together() -> None:
                 == key_slot(Names(layer.prefix).room(key).encode())
                 == key_slot(key.encode())
             )
-    assert Cluster(None).name == "Redis Cluster at localhost:6379"
+    assert make_router(None, cluster=True).name == "Redis Cluster at localhost:6379"
 
 
 def owners(layer: Any) -> list[Any]:

@@ -12,9 +12,9 @@ from layers_on_redis import CASES, PATIENCE, QUEUE, Books, Kind, both, new_prefi
 from redis_server import RedisServer, Sentinels, free_port
 
 from anyio_channels import create_channel_layer
+from anyio_channels.redis.client import make_router
 from anyio_channels.redis.client import sentinel as module
 from anyio_channels.redis.client.address import SentinelAddress, parse_host, parse_hosts
-from anyio_channels.redis.client.router import plain_router
 from anyio_channels.testing import Check
 
 pytestmark = pytest.mark.two_loops
@@ -171,23 +171,23 @@ async def test_what_sentinels_may_say(quiet_sentinels: Sentinels) -> None:
         return replica.host, replica.port
 
     layer = make(QUEUE, quiet_sentinels.host, connect_timeout=0.3)
-    layer.options.router.servers[0].ask = lag
+    layer.options.router.servers[0].find_primary = lag
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{replica.port} .*is no primary at the moment"):
         await layer.open()
     # Whom it doubts it asks for again, and takes an answer that differs.
     doubting = layer.options.router.servers[0]
-    del doubting.ask
+    del doubting.find_primary
     assert doubting.doubted == (replica.host, replica.port)
     async with layer:
         assert doubting.doubted is None
     gone = ("127.0.0.1", free_port())
     doubting.doubted = (quiet_sentinels.servers[0].host, quiet_sentinels.servers[0].port)
-    assert await doubting.ask() == doubting.doubted  # they all say so
+    assert await doubting.find_primary() == doubting.doubted  # they all say so
 
     async def away() -> tuple[str, int]:
         return gone
 
-    doubting.ask = away
+    doubting.find_primary = away
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]}"):
         await layer.open()
     assert doubting.doubted == gone
@@ -200,14 +200,14 @@ async def test_a_sentinel_that_lags_behind() -> None:
     told = Event()
 
     class Lagging:
-        async def ask(self, *question: Any, **options: Any) -> tuple[str, int]:
+        async def ask(self, *_: Any, **__: Any) -> tuple[str, int]:
             told.set()
             return old
 
     class Knowing:
-        async def ask(self, *question: Any, **options: Any) -> tuple[str, int]:
+        async def ask(self, *_: Any, **_options: Any) -> tuple[str, int]:
             await told.wait()
-            for _ in range(5):
+            for __ in range(5):
                 await checkpoint()
             return new
 
@@ -215,9 +215,9 @@ async def test_a_sentinel_that_lags_behind() -> None:
     assert isinstance(address, SentinelAddress)
     asked = module.Sentinels(address)
     asked.servers[:] = [Lagging(), Knowing()]  # type: ignore[list-item]
-    assert await asked.ask() == old
+    assert await asked.find_primary() == old
     asked.doubted = old
-    assert await asked.ask() == new
+    assert await asked.find_primary() == new
 
 
 @pytest.mark.anyio
@@ -298,4 +298,4 @@ def test_urls() -> None:
     assert module.Sentinels(found).name == "Redis 'mymaster' (Sentinel at a:26379, b:1, ::1:2)"
     layer = create_channel_layer("redis+sentinel+pubsub://a/m?prefix=x")
     assert layer.__class__.__name__ == "RedisPubSubChannelLayer"
-    assert plain_router([{"address": "redis+sentinel://a/m"}]).name == "Redis 'm' (Sentinel at a:26379)"
+    assert make_router([{"address": "redis+sentinel://a/m"}], cluster=False).name == "Redis 'm' (Sentinel at a:26379)"

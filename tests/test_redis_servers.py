@@ -27,6 +27,7 @@ from layers_on_redis import (
     link_to_group,
     new_prefix,
     pass_on_both,
+    port_of,
     until,
 )
 from redis_server import RedisServer, free_port
@@ -184,9 +185,9 @@ async def test_only_who_may_have_missed_something_is_told(
     layer = make(kind, own_pair)
     async with layer, create_task_group() as tg:
         inboxes = [await tg.start(partial(hold_inbox, layer, prefix=start, on_gap="raise")) for start in "abcdefgh"]
-        home = link_to_channel(layer, inboxes[0].channel).server.address.port
+        home = port_of(link_to_channel(layer, inboxes[0].channel))
         gone = next(server for server in own_pair if (server.port == home) == is_home)
-        touched = [link_to_channel(layer, inbox.channel).server.address.port == gone.port for inbox in inboxes]
+        touched = [port_of(link_to_channel(layer, inbox.channel)) == gone.port for inbox in inboxes]
         if False in touched:  # by chance, all may live there
             joined = touched.index(False)
             await inboxes[joined].join(group_on(layer, gone))
@@ -214,7 +215,7 @@ def group_on(layer: Any, server: RedisServer) -> str:
     for number in itertools.count():
         name = f"group{number}"
         link = link_to_group(layer, name)
-        if link.server.address.port == server.port:
+        if port_of(link) == server.port:
             return name
     raise AssertionError
 

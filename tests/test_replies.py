@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import isfunction
 from typing import Any
 
 import hiredis
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyio_channels.redis.client import Script, replies
-from anyio_channels.redis.client.replies import Greeting, SlotRange
 from anyio_channels.redis.queue.scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, POP, SEND, SEND_WAITING, TICK
 
 WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -28,7 +28,7 @@ def of_script(script: Script) -> Callable[[Any], Any]:
 
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
-    **{name: getattr(replies, name) for name in replies.__all__ if name[0].islower()},
+    **{name: found for name, found in vars(replies).items() if isfunction(found) and name[0] != "_"},
     **{name: of_script(script) for name, script in SCRIPTS.items()},
 }
 
@@ -39,13 +39,13 @@ GOOD = [
     ("bytes_list", [b"a", b"\xff"], [b"a", b"\xff"]),
     ("items", [1, b"a"], [1, b"a"]),
     ("seconds", NOW, 1_700_000_000.5),
-    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, Greeting((7, 0, 15), is_primary=True)),
-    ("greeting", {b"proto": 3, b"version": b"6.2"}, Greeting((6, 2), is_primary=False)),
+    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, ((7, 0, 15), True)),
+    ("greeting", {b"proto": 3, b"version": b"6.2"}, ((6, 2), False)),
     ("slot_ranges", [], []),
     (
         "slot_ranges",
         [[0, 5, [b"a", 1, b"id", []], [b"b", 2, b"id"]], [6, 16383, [None, 3]]],
-        [SlotRange(0, 5, "a", 1), SlotRange(6, 16383, "", 3)],
+        [(0, 5, "a", 1), (6, 16383, "", 3)],
     ),
     ("scanned", [b"17", [b"a"]], (17, [b"a"])),
     ("address", None, None),

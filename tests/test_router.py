@@ -9,8 +9,7 @@ import redis.exceptions
 from anyio import Event, create_task_group, fail_after, sleep_forever, wait_all_tasks_blocked
 from channels_redis.utils import _consistent_hash
 
-from anyio_channels.redis.client import at_each, try_each
-from anyio_channels.redis.client.router import plain_router
+from anyio_channels.redis.client import at_each, make_router, try_each
 
 PATIENCE = 20.0
 
@@ -19,14 +18,14 @@ def test_servers_share_the_names_as_those_of_channels_redis_do() -> None:
     """Each name is owned by the server that channels_redis takes for it, also on the edge between two."""
     names = [f"name{number}" for number in range(10_000)]
     for count in (1, 2, 3, 10, 186):
-        router = plain_router([("example", 6380 + number) for number in range(count)])
+        router = make_router([("example", 6380 + number) for number in range(count)], cluster=False)
         router.links = router.servers  # type: ignore[assignment]
         theirs = [_consistent_hash(name, count) for name in names]
         owners: list[Any] = [router.owner(name, "") for name in names]
         assert [router.servers.index(owner) for owner in owners] == theirs
-    assert plain_router([("a", 1), ("b", 2)]).name == "Redis at a:1, Redis at b:2"
+    assert make_router([("a", 1), ("b", 2)], cluster=False).name == "Redis at a:1, Redis at b:2"
     with pytest.raises(ValueError, match="hosts names 4097 Redis servers; 4096 is the most"):
-        plain_router(["redis://a"] * 4097)
+        make_router(["redis://a"] * 4097, cluster=False)
 
 
 @pytest.mark.anyio

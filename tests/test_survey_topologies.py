@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from anyio_channels.layers.redis.checkup import check_up
-from anyio_channels.layers.redis.survey import Survey
 from command_line import run
 from layers_on_redis import QUEUE, Kind, both, new_prefix
 from redis_server import RedisCluster, Sentinels
 from test_survey import look_at
+
+from anyio_channels.doctor.checkup import check_up
+from anyio_channels.doctor.survey import Survey
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 

@@ -35,7 +35,7 @@ from anyio_channels import portal as portal_module
 from anyio_channels.portal import Portal
 from anyio_channels.sync import SyncChannelLayer
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),

@@ -156,8 +156,10 @@ class BaseChannelLayer(Names):
         """
         self._life = Life.NEW
         self.expiry = require_seconds("expiry", expiry)
-        self.capacity = require_count("capacity", capacity)
-        self.channel_capacity = self.compile_capacities({} if channel_capacity is None else channel_capacity)
+        self.capacity: int = require_count("capacity", capacity)
+        self.channel_capacity: list[tuple[re.Pattern[str], int]] = self.compile_capacities(
+            {} if channel_capacity is None else channel_capacity
+        )
         self.max_message_size = require_count("max_message_size", max_message_size)
         self.default = require_callable("default", default)
 

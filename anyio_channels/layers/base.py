@@ -1,7 +1,6 @@
 """The import path of ``fast_channels.layers.base``."""
 
 from anyio_channels.contract.layer import (
-    MESSAGE_VARIABLES,
     BaseChannelLayer,
     ChannelLayerStatistics,
     Inbox,
@@ -9,17 +8,14 @@ from anyio_channels.contract.layer import (
     OnGap,
     Overflow,
 )
-from anyio_channels.contract.options import require_choice, require_count, require_seconds
+from anyio_channels.contract.message import SerializerFormat
 
 __all__ = [
-    "MESSAGE_VARIABLES",
     "BaseChannelLayer",
     "ChannelLayerStatistics",
     "Inbox",
     "Message",
     "OnGap",
     "Overflow",
-    "require_choice",
-    "require_count",
-    "require_seconds",
+    "SerializerFormat",
 ]

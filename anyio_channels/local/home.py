@@ -88,11 +88,6 @@ class Home:
             # The error of the block is not the task group's, which would wrap it.
             await tasks.__aexit__(None, None, None)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether the layer is open, or being opened."""
-        return self._layer._life in (Life.OPENING, Life.OPEN)  # noqa: SLF001
-
     def require_open(self) -> None:
         """Raise unless the layer is open, and was opened in this event loop."""
         life = self._layer._life  # noqa: SLF001
@@ -104,6 +99,6 @@ class Home:
             )
         if thread.state.running_loop() is not self.token:
             raise RuntimeError(
-                f"{self._layer!r} was opened in another event loop; a layer on Redis serves the event loop that opened it, "
+                f"{self._layer!r} was opened in another event loop; it serves the event loop that opened it, "
                 "so make one for each"
             )

@@ -14,11 +14,10 @@ Rules:
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from threading import get_ident
 from types import TracebackType
 from typing import Any
@@ -27,74 +26,19 @@ from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError
 from anyio.abc import TaskStatus
 
 from anyio_channels.contract.layer import BaseChannelLayer, ChannelLayerStatistics, Life, Message, OnGap, Overflow
-from anyio_channels.contract.message import EXCLUDE_KEY, Codec, Unreadable
+from anyio_channels.contract.message import EXCLUDE_KEY, Codec
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.log import (
-    CHANNEL_DROPPED,
-    GROUP_SEND_DROPPED,
-    MESSAGE_UNREADABLE,
-    SUBSCRIPTION_REFUSED,
-    Troubles,
-    said,
-)
+from anyio_channels.log import Troubles
 from anyio_channels.wakeup import CANCELLED, thread
 
+from .deliveries import Deliveries, group_topic
 from .directory import Channel, Directory
 from .home import Home
+from .transport import Transport
 from .waiting import Mailroom, Waiter
 
-__all__ = ["Hub", "Transport", "group_topic"]
-
-_GROUP = "group:"
-
-
-def group_topic(group: str) -> str:
-    """Return the topic of the group ``group``."""
-    return _GROUP + group
-
-
-class Transport(ABC):
-    """What carries the messages of a ``Hub`` between processes.
-
-    A transport knows topics and bytes, and nothing of channels, members or waiting. It calls three plain functions of its
-    hub, in the event loop that opened the layer: ``deliver`` for each message that comes, ``missing`` where some may have
-    been lost, and ``unheard`` for a topic that it can no longer subscribe to.
-    """
-
-    outage: tuple[type[Exception], ...] = (OSError,)
-    """Errors of ``subscribe`` that pass: the topic stays wanted, and the transport subscribes to it as soon as it can."""
-
-    @abstractmethod
-    async def run(self, hub: Hub, *, task_status: TaskStatus[None]) -> None:
-        """Connect, call ``task_status.started()``, and carry messages until cancelled.
-
-        Called once for each opening of the layer, in a task of its own. What it raises before ``started()``, opening
-        raises. Lost connections are its own affair: it comes back, subscribes again to all that is wanted, and tells the
-        hub what may be missing.
-        """
-
-    @abstractmethod
-    def publish(self, topic: str, body: bytes) -> Awaitable[object]:
-        """Send ``body`` to all processes that subscribe to ``topic``; if cancelled, it was sent or was not.
-
-        A coroutine function, or a plain one that returns an awaitable.
-        """
-
-    @abstractmethod
-    async def subscribe(self, topic: str) -> None:
-        """Return when what is published to ``topic`` from now on will come; at once if it is subscribed to already.
-
-        The topic is wanted from the call on until ``unsubscribe``, also if the call is cancelled or raises. One of
-        ``outage`` means *not now*; any other error, that the topic cannot be had.
-        """
-
-    @abstractmethod
-    def unsubscribe(self, topic: str) -> None:
-        """The topic is not wanted any more. Must not wait; what is subscribed to and given up is seen in that order."""
-
-    async def catch_up(self) -> None:
-        """Return when what was published before the call has been delivered here, if the transport can know that."""
+__all__ = ["Hub"]
 
 
 class Hub(BaseChannelLayer):
@@ -112,7 +56,7 @@ class Hub(BaseChannelLayer):
         channel_capacity: Mapping[str | re.Pattern[str], int] | None = None,
         max_message_size: int = 4 * 1024 * 1024,
         default: Callable[[Any], Any] | None = None,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
         codec: Codec | None = None,
     ) -> None:
         """Take the options of ``BaseChannelLayer``, and more.
@@ -128,17 +72,22 @@ class Hub(BaseChannelLayer):
         self._encode = self._codec.encode
         self._decode = self._codec.decode
         self._troubles = Troubles(clock, self.expiry, self)
-        self._transport = transport
+        self.transport: Transport | None = transport
         self._home = Home(self)
         self._reset()
+
+    def __repr__(self) -> str:
+        """Show the options that tell one layer from another."""
+        return f"<{type(self).__name__} expiry={self.expiry} capacity={self.capacity}>"
 
     def _reset(self) -> None:
         """Become blank, as when the layer is opened again."""
         self._mailroom = Mailroom(self._clock)
-        self._here = Directory(self._mailroom, self.get_capacity, keeps_idle=self._transport is not None)
-        self._local_part = "inmemory" if self._transport is None else secrets.token_hex(16)
+        self._here = Directory(self._mailroom, self.get_capacity, keeps_idle=self.transport is not None)
+        self._local_part = "inmemory" if self.transport is None else secrets.token_hex(16)
         self._published = 0
-        self._unreadable = 0
+        unsubscribe = None if self.transport is None else self.transport.unsubscribe
+        self._deliveries = Deliveries(self._here, self._codec, self.expiry, self._troubles, unsubscribe, self)
 
     # Opening and closing
 
@@ -147,7 +96,7 @@ class Hub(BaseChannelLayer):
 
         Raises what the transport raises when it cannot be reached. If cancelled, the layer is not open.
         """
-        if self._transport is None:
+        if self.transport is None:
             if self._here.closed:
                 self._reset()
                 self._life = Life.NEW if self._life is Life.CLOSED else self._life
@@ -156,8 +105,8 @@ class Hub(BaseChannelLayer):
         await self._home.open(self._run)
 
     async def _run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        if self._transport is not None:
-            await self._transport.run(self, task_status=task_status)
+        if self.transport is not None:
+            await self.transport.run(self._deliveries, task_status=task_status)
 
     async def close(self) -> None:
         """Close the layer, as ``BaseChannelLayer.close`` says. With a transport, it waits for the end of that.
@@ -165,10 +114,10 @@ class Hub(BaseChannelLayer):
         If cancelled, the layer is closed all the same.
         """
         was_open = self._life is Life.OPEN
-        if self._transport is None or was_open:
+        if self.transport is None or was_open:
             self._life = Life.CLOSING
             self._here.close()
-        if self._transport is None:
+        if self.transport is None:
             self._life = Life.CLOSED
         elif was_open:
             with CancelScope(shield=True):
@@ -184,7 +133,7 @@ class Hub(BaseChannelLayer):
         await self._home.leave(exc_type, exc, traceback)
 
     def _require_open(self) -> None:
-        if self._transport is not None:
+        if self.transport is not None:
             self._home.require_open()
         elif self._here.closed:
             raise ClosedResourceError(f"{self!r} is closed; open it again with 'async with layer:'")
@@ -205,13 +154,13 @@ class Hub(BaseChannelLayer):
             due = True
         if due:
             await state.give_way()
-        if self._transport is not None:
+        if self.transport is not None:
             self.require_valid_channel_name(channel)
             body = self._encode(message)
             self._home.require_open()  # and then as in _publish(), without the call
             try:
-                await self._transport.publish(channel, body)
-            except self._transport.outage as error:
+                await self.transport.publish(channel, body)
+            except self.transport.outage as error:
                 self._raise_if_closed(error)
                 raise
             self._published += 1
@@ -260,13 +209,13 @@ class Hub(BaseChannelLayer):
         self.require_valid_group_name(group)
         excluded = self._require_valid_exclude(exclude)
         body = self._encode(message)
-        if self._transport is None:
+        if self.transport is None:
             self._require_open()
-            self._deliver_to_group(group, body, excluded)
+            self._deliveries.deliver_to_group(group, body, excluded)
             return
         if excluded:
             body = self._codec.address(body, EXCLUDE_KEY, list(excluded))
-        await self._publish(self._transport, group_topic(group), body)
+        await self._publish(self.transport, group_topic(group), body)
 
     async def _publish(self, transport: Transport, topic: str, body: bytes) -> None:
         self._home.require_open()
@@ -287,111 +236,6 @@ class Hub(BaseChannelLayer):
     def _raise_if_closed(self, error: Exception) -> None:
         if self._life is not Life.OPEN:
             raise ClosedResourceError(f"{self!r} was closed") from error
-
-    # Delivering, to the channels of this process
-
-    def deliver(self, topic: str, body: bytes, where: str | None = None) -> None:
-        """Hand on a message that came from the transport. What is not a message is dropped, counted and logged.
-
-        ``where``: what the log calls the topic, if not ``topic``.
-        """
-        name = topic[len(_GROUP) :] if topic.startswith(_GROUP) else topic
-        if name not in (self._here.channels if name is topic else self._here.groups):
-            return
-        try:
-            message = self._codec.decode_body(body)
-            excluded: frozenset[str] = frozenset()
-            if EXCLUDE_KEY in message:
-                names = message.pop(EXCLUDE_KEY)
-                if isinstance(names, list):
-                    excluded = frozenset(name for name in names if isinstance(name, str))
-                body = self._codec.encode_again(message)
-        except Unreadable as why:
-            self.drop_unreadable(topic if where is None else where, why)
-            return
-        if name is not topic:
-            self._deliver_to_group(name, body, excluded)
-            return
-        mailroom = self._mailroom
-        rung: list[Waiter] = []
-        mailroom.lock.acquire()
-        try:
-            now = self._clock()
-            if now >= mailroom.index.next_due:
-                mailroom.index.sweep(now, rung)
-            channel = self._here.channels.get(topic)
-            is_full = channel is not None and not channel.put((now + self.expiry, message), now, rung)
-            if is_full and channel is not None:
-                channel.miss(rung)
-        finally:
-            mailroom.lock.release()
-            if rung or mailroom.abandoned:
-                mailroom.wake(rung)
-        if is_full:
-            self._troubles.note(CHANNEL_DROPPED, topic)
-        if self._here.ended:
-            self._unsubscribe()
-
-    def _deliver_to_group(self, group: str, body: bytes, excluded: frozenset[str]) -> None:
-        mailroom = self._mailroom
-        rung: list[Waiter] = []
-        try:
-            with mailroom:
-                now = self._clock()
-                mailroom.index.sweep(now, rung)
-                target = self._here.groups.get(group)
-                missed = 0 if target is None else target.deliver((now + self.expiry, body), excluded, now, rung)
-        finally:
-            mailroom.wake(rung)
-        if missed:
-            self._troubles.note(GROUP_SEND_DROPPED, group, missed)
-        elif now >= self._troubles.due:
-            self._troubles.look()
-        if self._here.ended:
-            self._unsubscribe()
-
-    def tell_all(self, message: Message) -> None:
-        """Put ``message`` into every channel of this process."""
-        body = self._encode(message)
-        rung: list[Waiter] = []
-        full: list[str] = []
-        with self._mailroom:
-            now = self._clock()
-            for channel in tuple(self._here.channels.values()):
-                if not channel.put((now + self.expiry, body), now, rung):
-                    channel.miss(rung)
-                    full.append(channel.name)
-        self._mailroom.wake(rung)
-        for name in full:
-            self._troubles.note(CHANNEL_DROPPED, name)
-
-    def sweep(self) -> None:
-        """Drop all that has expired in this process; for a transport to call now and then, and in vain at no cost."""
-        self._here.sweep(math.inf)
-        self._unsubscribe()
-        self._troubles.look()
-
-    def missing(self, is_touched: Callable[[str], bool] = lambda _: True) -> None:
-        """Messages to the topics for which ``is_touched`` is true may have been lost: inboxes that ask for it are told."""
-
-        def touches(channel: Channel) -> bool:
-            return is_touched(channel.name) or any(is_touched(group_topic(one.name)) for one in channel.groups or ())
-
-        self._here.mark_outage(touches)
-
-    def unheard(self, topic: str, error: Exception, where: str | None = None) -> None:
-        """The transport could not subscribe to ``topic`` again: the next who reads it asks anew, and is told why.
-
-        ``where``: what the log calls it, if not ``topic``.
-        """
-        self._troubles.note(SUBSCRIPTION_REFUSED, topic if where is None else where, error=said(error))
-        if (channel := self._here.channels.get(topic)) is not None:
-            channel.attended = False
-
-    def drop_unreadable(self, where: str, why: object) -> None:
-        """Count and log what came and is not a message of ours."""
-        self._unreadable += 1
-        self._troubles.note(MESSAGE_UNREADABLE, where, error=str(why))
 
     # Receiving
 
@@ -426,8 +270,8 @@ class Hub(BaseChannelLayer):
                     mailroom.wake(rung)
             if item is None:
                 try:
-                    if not source.attended and self._transport is not None:
-                        await self._attend(self._transport, source)
+                    if not source.attended and self.transport is not None:
+                        await self._attend(self.transport, source)
                     item = await source.take()
                 except ClosedResourceError:
                     if not source.dropped:
@@ -437,6 +281,12 @@ class Hub(BaseChannelLayer):
             if item.__class__ is bytes:
                 return self._decode(item)
             return item if item.__class__ is dict else source.gap_message(item)
+
+    async def _listen(self, channel: str) -> None:
+        """Do what ``receive`` begins with. What is sent to ``channel`` from then on comes, if the transport is there."""
+        source = self._find(channel)
+        if self.transport is not None and not source.attended:
+            await self._attend(self.transport, source)
 
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""
@@ -449,14 +299,14 @@ class Hub(BaseChannelLayer):
             with self._mailroom:
                 if not (channel.closed or channel.owned or channel.demand):
                     self._here.forget(channel)
-            self._unsubscribe()
+            self._deliveries.forget_ended()
             raise
         channel.attended = True
 
     def _find(self, name: str) -> Channel:
         """Find or make the channel; without the lock."""
         self.require_valid_channel_name(name)
-        if self._transport is not None:
+        if self.transport is not None:
             self._require_open()
         with self._mailroom:
             return self._here.channels.get(name) or self._add_channel(name)
@@ -477,16 +327,16 @@ class Hub(BaseChannelLayer):
         await self._check_in()
         self._require_open()
         name = self._new_name(prefix)
-        if self._transport is not None:
+        if self.transport is not None:
             channel = self._find(name)
             try:
-                await self._subscribe(self._transport, name)
+                await self._subscribe(self.transport, name)
             except BaseException:
                 with self._mailroom:
                     if not channel.closed:
                         channel.leave_all()
                         self._here.forget(channel)
-                self._unsubscribe()
+                self._deliveries.forget_ended()
                 raise
             channel.attended = True
         return name
@@ -499,14 +349,14 @@ class Hub(BaseChannelLayer):
         await self._check_in()
         self._require_open()
         self._here.clear()
-        if self._transport is not None:
+        if self.transport is not None:
             try:
-                await self._transport.catch_up()
-            except self._transport.outage as error:
+                await self.transport.catch_up()
+            except self.transport.outage as error:
                 self._raise_if_closed(error)
                 raise
             self._here.clear()
-            self._unsubscribe()
+            self._deliveries.forget_ended()
 
     # Groups
 
@@ -520,9 +370,9 @@ class Hub(BaseChannelLayer):
         self.require_valid_channel_name(channel)
         await self._check_in()
         self._require_open()
-        if self._transport is not None and channel not in self._here.channels:
+        if self.transport is not None and channel not in self._here.channels:
             raise RuntimeError(
-                f"group_add() in a pub/sub layer takes channels of this process, and {channel!r} is none: make it with "
+                f"group_add() takes only channels of this process here, and {channel!r} is not one: make it with "
                 "new_channel() or subscribe(), or receive from it first"
             )
         await self._join(group, channel, self.group_expiry)
@@ -538,15 +388,15 @@ class Hub(BaseChannelLayer):
             is_new = group not in self._here.groups or channel not in self._here.groups[group].members
             self._here.join(group, member, None if expiry is None else now + expiry)
         self._mailroom.wake(rung)
-        if self._transport is None:
+        if self.transport is None:
             return
-        self._unsubscribe()
+        self._deliveries.forget_ended()
         try:
-            await self._subscribe(self._transport, group_topic(group))
+            await self._subscribe(self.transport, group_topic(group))
         except BaseException:
             if is_new:
                 self._here.leave(group, channel)
-                self._unsubscribe()
+                self._deliveries.forget_ended()
             raise
 
     async def group_discard(self, group: str, channel: str) -> None:
@@ -556,7 +406,7 @@ class Hub(BaseChannelLayer):
         await self._check_in()
         self._require_open()
         self._here.leave(group, channel)
-        self._unsubscribe()
+        self._deliveries.forget_ended()
 
     async def group_channels(self, group: str) -> set[str]:
         """Return the members of ``group`` in this process."""
@@ -564,16 +414,8 @@ class Hub(BaseChannelLayer):
         await self._check_in()
         self._require_open()
         members = self._here.members_of(group)
-        self._unsubscribe()
+        self._deliveries.forget_ended()
         return members
-
-    def _unsubscribe(self) -> None:
-        """Unsubscribe from what has ended meanwhile, unless it is here again."""
-        ended = self._here.ended
-        while ended:
-            name, is_group = ended.popleft()
-            if name not in (self._here.groups if is_group else self._here.channels) and self._transport is not None:
-                self._transport.unsubscribe(group_topic(name) if is_group else name)
 
     def statistics(self) -> ChannelLayerStatistics:
         """Return a snapshot of what this process holds and has done, from any thread; reclaims all that has expired.
@@ -584,11 +426,11 @@ class Hub(BaseChannelLayer):
 
     def _figures(self) -> dict[str, int]:
         figures = self._here.figures()
-        if self._transport is not None:
+        if self.transport is not None:
             figures["sent"] = self._published
-            figures["dropped_unreadable"] = self._unreadable
+            figures["dropped_unreadable"] = self._deliveries.unreadable
             if get_ident() == self._home.thread:
-                self._unsubscribe()
+                self._deliveries.forget_ended()
         self._troubles.look()
         return figures
 
@@ -600,9 +442,9 @@ class Hub(BaseChannelLayer):
         self._require_open()
         name = self._new_name(prefix)
         channel = self._here.open_inbox(name, capacity, overflow, on_gap)
-        if self._transport is not None:
+        if self.transport is not None:
             try:
-                await self._subscribe(self._transport, name)
+                await self._subscribe(self.transport, name)
             except BaseException:
                 await self.inbox_close(name, ())
                 raise
@@ -612,7 +454,7 @@ class Hub(BaseChannelLayer):
     async def inbox_close(self, channel: str, groups: Collection[str]) -> None:  # noqa: ARG002 - the channel knows them
         """Leave all groups and forget the channel, at once."""
         self._here.close_inbox(channel)
-        self._unsubscribe()
+        self._deliveries.forget_ended()
 
     async def inbox_join(self, channel: str, group: str) -> None:
         """Make the inbox a member of ``group`` until it leaves; with a transport, what is sent to it from now on comes."""

@@ -214,12 +214,13 @@ class Mailbox(Expirable, Generic[T]):
         """
         again = False
         while True:
-            waiter = Waiter(self, *thread.state.new_bell())
+            bell, loop = thread.state.new_bell()
+            waiter = Waiter(self, bell, loop)
             item = self._take_or_join(waiter, in_front=again)
             if item is None:
                 try:
                     self.reader_waits()
-                    await waiter.bell.waiting
+                    await bell.waiting
                 except BaseException:
                     self._mailroom.abandon(waiter)
                     self.reader_left()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from anyio_channels.wakeup import Bell, thread
+from anyio_channels.wakeup import Ringable, thread
 
 from .expiry import ExpiryIndex
 
@@ -62,9 +62,9 @@ class Waiter:
 
     line: Line
 
-    def __init__(self, place: Place, bell: Bell, loop: Any) -> None:
+    def __init__(self, place: Place, bell: Ringable, loop: Any) -> None:
         """``loop`` is the native token of the running event loop."""
-        self.bell: Bell = bell
+        self.bell: Ringable = bell
         self.loop: Any = loop
         self.place: Place = place
         self.promised: bool = False

@@ -23,7 +23,9 @@ from anyio.abc import TaskStatus
 from redis.crc import key_slot
 
 from anyio_channels.contract.message import SerializerFormat, Unreadable
-from anyio_channels.local.hub import Hub, Transport, group_topic
+from anyio_channels.local.deliveries import Deliveries, group_topic
+from anyio_channels.local.hub import Hub
+from anyio_channels.local.transport import Transport
 
 from .client import Connection, Host, Link, LinkEvents, Subscriptions, at_each
 from .duplicates import MARK_LENGTH, LastHeard, Marks
@@ -38,8 +40,8 @@ _GROUP: Final = group_topic("")
 class PubSub(Transport, LinkEvents):
     """Carries topics over Redis channels."""
 
-    outage = (redis.exceptions.ConnectionError,)
-    _hub: Hub
+    outage: tuple[type[Exception], ...] = (redis.exceptions.ConnectionError,)
+    _deliveries: Deliveries
 
     def __init__(
         self, options: RedisOptions, codec: PayloadCodec, on_disconnect: str | None, on_reconnect: str | None
@@ -55,7 +57,7 @@ class PubSub(Transport, LinkEvents):
         self._reset()
 
     def _reset(self) -> None:
-        self.subscriptions = Subscriptions(self._router, self._refused)
+        self.subscriptions: Subscriptions = Subscriptions(self._router, self._refused)
         self._topics: dict[str, list[str]] = {}  # by the Redis channel; a channel may be called as a group's is
         self._marks = Marks()
         self._heard = LastHeard()
@@ -66,18 +68,18 @@ class PubSub(Transport, LinkEvents):
 
     # What the hub asks for
 
-    async def run(self, hub: Hub, *, task_status: TaskStatus[None]) -> None:
+    async def run(self, deliveries: Deliveries, *, task_status: TaskStatus[None]) -> None:
         """Connect, and serve until cancelled. Raises as ``RedisOptions.run``."""
-        self._hub = hub
+        self._deliveries = deliveries
         self._reset()
         keep_alive = partial(every, self._options.keep_alive, self._keep_alive)
         await self._options.run(self, keep_alive, task_status=task_status)
 
     def _keep_alive(self) -> None:
-        self._hub.sweep()
+        self._deliveries.sweep()
         for link in self._router.links:
             if link.connection is not None:
-                link.submit("PING", done=partial(log_keep_alive, self._hub, link))
+                link.submit("PING", done=partial(log_keep_alive, self._deliveries.layer, link))
 
     def publish(self, topic: str, body: bytes) -> Awaitable[object]:
         """Publish ``body``. Raises ``redis.ConnectionError``, saying whether it may have been sent, within ``timeout``."""
@@ -117,7 +119,7 @@ class PubSub(Transport, LinkEvents):
     def on_up(self, link: Link) -> None:
         """Tell what may have been missed; what is wanted was restored before."""
         if link.connects > 1:
-            self._hub.missing(lambda topic: self._owner(topic) is link)
+            self._deliveries.missing(lambda topic: self._owner(topic) is link)
             self._tell_all(self._on_reconnect)
         self.subscriptions.restored(link)
 
@@ -132,12 +134,12 @@ class PubSub(Transport, LinkEvents):
 
     def _tell_all(self, message_type: str | None) -> None:
         if message_type is not None:
-            self._hub.tell_all({"type": message_type})
+            self._deliveries.tell_all({"type": message_type})
 
     def on_moved(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - either way something may be missed
         """Follow slots to their new owners."""
         if moved:
-            self._hub.missing(lambda topic: key_slot(self._name(topic).encode()) in moved)
+            self._deliveries.missing(lambda topic: key_slot(self._name(topic).encode()) in moved)
         self.subscriptions.move()
 
     def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - it says itself what it is
@@ -151,16 +153,16 @@ class PubSub(Transport, LinkEvents):
             try:
                 body = self._codec.unseal(push[2])
             except Unreadable as why:
-                self._hub.drop_unreadable(name, why)
+                self._deliveries.drop_unreadable(name, why)
                 return
             for topic in tuple(topics):
-                self._hub.deliver(topic, body, name)
+                self._deliveries.deliver(topic, body, name)
         elif kind == b"sunsubscribe":
             self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
 
     def _refused(self, name: str, error: Exception) -> None:
         for topic in self._topics.get(name, ()):
-            self._hub.unheard(topic, error, name)
+            self._deliveries.unheard(topic, error, name)
 
 
 class RedisPubSubChannelLayer(OnRedis, Hub):

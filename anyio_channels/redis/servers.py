@@ -7,8 +7,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import redis.exceptions
 from anyio import create_task_group, sleep
@@ -19,7 +20,7 @@ from anyio_channels.contract.message import SerializerFormat
 from anyio_channels.contract.options import require_seconds
 from anyio_channels.log import KEEP_ALIVE_FAILED, said
 
-from .client import Host, Link, LinkEvents, Request, Router, Server, Timeouts, make_router
+from .client import Host, Link, LinkEvents, Request, Router, Sentinels, Timeouts, make_router
 
 __all__ = ["OnRedis", "RedisLayerStatistics", "RedisOptions", "every", "log_keep_alive"]
 
@@ -75,7 +76,7 @@ class RedisOptions:
         }
 
     async def run(
-        self, events: LinkEvents, beside: Callable[[], Awaitable[None]], *, task_status: TaskStatus[None]
+        self, events: LinkEvents, beside: Callable[[], Coroutine[Any, Any, None]], *, task_status: TaskStatus[None]
     ) -> None:
         """Connect to the servers, say so by ``task_status``, and run them until cancelled, with ``beside`` in a task.
 
@@ -130,7 +131,7 @@ class OnRedis:
     def server(self) -> tuple[str, int | None] | None:
         """Host and port of the one server, or its unix socket; ``None`` for several, behind Sentinel, and for a cluster."""
         server = self.options.router.servers[0]
-        if self.cluster or len(self.options.router.servers) > 1 or not isinstance(server, Server):
+        if self.cluster or len(self.options.router.servers) > 1 or isinstance(server, Sentinels):
             return None
         address = server.address
         return (address.host, address.port) if address.path is None else (address.path, None)

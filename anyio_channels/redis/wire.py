@@ -40,7 +40,7 @@ __all__ = [
 class Names:
     """The names of keys and Redis channels under one prefix."""
 
-    __slots__ = ("_group", "_room", "_sent", "group_topic_start", "mark", "notes", "prefix")
+    __slots__ = ("_group", "_room", "_sent", "group_topic_start", "mark", "prefix")
 
     def __init__(self, prefix: str) -> None:
         """``prefix``: of all keys."""
@@ -50,8 +50,6 @@ class Names:
         self._sent = f"{prefix}:sent:{{"
         self.mark: str = f"{prefix}:prefix"
         """The key that marks the prefix as used, so that flushing a shorter prefix spares its keys."""
-        self.notes: tuple[str, str] = (self._sent, self._room)
-        """How the Redis channels begin on which a script says what it did."""
         self.group_topic_start: str = f"{prefix}__group__"
 
     def channel(self, name: str) -> str:
@@ -197,14 +195,14 @@ def other_prefixes(prefix: bytes, found: Iterable[bytes]) -> set[bytes]:
 
 def keys_of(prefix: bytes, found: set[bytes]) -> list[bytes]:
     """Return the keys that belong to ``prefix`` and to no longer one that shows itself among them."""
-    others = other_prefixes(prefix, found)
-    doomed: list[bytes] = []
-    for key in found:
-        rest = key[len(prefix) :]
-        ours = rest.startswith(b":group:") or b":" not in rest
-        if ours and not any(key.startswith(other) for other in others):
-            doomed.append(key)
-    return doomed
+    rests = _rests(prefix, found).items()
+    return [key for key, rest in rests if rest.startswith(b":group:") or b":" not in rest]
+
+
+def _rests(prefix: bytes, found: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Return what comes behind ``prefix`` in those of ``found`` that belong to no longer one."""
+    others = tuple(other_prefixes(prefix, found))
+    return {key: key[len(prefix) :] for key in found if not key.startswith(others)}
 
 
 def shown_prefixes(found: Iterable[bytes]) -> set[bytes]:
@@ -225,7 +223,4 @@ def group_names(prefix: bytes, found: Iterable[bytes]) -> dict[bytes, bytes]:
 
 def odd_keys(prefix: bytes, found: set[bytes]) -> set[bytes]:
     """Return those of ``found``, which begin with ``prefix``, that no layer of it makes, nor one of a longer prefix."""
-    others = tuple(other_prefixes(prefix, found))
-    return {
-        key for key in found if not (others and key.startswith(others)) and _OURS.fullmatch(key[len(prefix) :]) is None
-    }
+    return {key for key, rest in _rests(prefix, found).items() if _OURS.fullmatch(rest) is None}

@@ -22,8 +22,8 @@ import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, fail_after, move_on_after
 from anyio.lowlevel import checkpoint, current_token
 
+from anyio_channels.contract.layer import BaseChannelLayer, ChannelLayerStatistics, Message
 from anyio_channels.exceptions import ChannelFull, MessagesLost, MessageTooLarge
-from anyio_channels.layers.base import BaseChannelLayer, ChannelLayerStatistics, Message
 
 __all__ = [
     "CHECKS",

@@ -12,24 +12,15 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis.connection import SSLConnection, parse_url
 from redis.credentials import CredentialProvider
-
-__all__ = [
-    "Address",
-    "Host",
-    "SentinelAddress",
-    "SplitURL",
-    "options_of",
-    "parse_host",
-    "parse_hosts",
-    "split_url",
-]
 
 Host = str | tuple[str, int] | list[Any] | dict[str, Any]
 """One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
@@ -41,14 +32,8 @@ _TLS_OPTIONS: Final = frozenset(
         "ssl_context", "ssl_keyfile", "ssl_min_version", "ssl_password",
     }
 )  # fmt: skip
-_OPTIONS: Final = frozenset(
-    {
-        "client_name", "credential_provider", "db", "host", "password", "path", "port", "socket_connect_timeout",
-        "socket_timeout", "ssl", "unix_socket_path", "username",
-    }
-) | _TLS_OPTIONS  # fmt: skip
-"""Every option a host entry accepts."""
 _SENTINEL_PORT: Final = 26379
+T = TypeVar("T")
 _SENTINEL_HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
 
 
@@ -121,7 +106,7 @@ def parse_host(host: Host) -> Address | SentinelAddress:
         options = dict(host)
         if "address" in options:
             options = _parse_url(options.pop("address")) | options
-    elif isinstance(host, Sequence) and len(host) == 2:  # noqa: PLR2004 - host and port
+    elif _is_pair(host):
         options = {"host": host[0], "port": host[1]}
     else:
         raise TypeError("an entry of hosts must be a URL, a (host, port) pair or a dict of options")
@@ -142,47 +127,30 @@ def _to_sentinels(options: dict[str, Any]) -> SentinelAddress:
         raise TypeError("sentinel_kwargs of a Redis host must be a dict of options for the sentinels")
     if unused := sorted({"host", "port", "path", "unix_socket_path"} & options.keys()):
         raise ValueError(f"{', '.join(unused)} of a Redis host have no effect beside sentinels, who say where it is")
-    sentinels: list[Address] = []
-    for one in found:
-        if isinstance(one, str | Mapping) or not isinstance(one, Sequence) or len(one) != 2:  # noqa: PLR2004 - host and port
-            raise TypeError(f"an entry of sentinels must be a (host, port) pair, not {one!r:.100}")
-        sentinels.append(_to_address({**of_sentinels, "host": one[0], "port": one[1]}))
-    return SentinelAddress(tuple(sentinels), master_name, _to_address(options))
+    if odd := [one for one in found if not _is_pair(one)]:
+        raise TypeError(f"an entry of sentinels must be a (host, port) pair, not {odd[0]!r:.100}")
+    sentinels = tuple(_to_address({**of_sentinels, "host": host, "port": port}) for host, port in found)
+    return SentinelAddress(sentinels, master_name, _to_address(options))
+
+
+def _is_pair(host: object) -> bool:
+    return isinstance(host, Sequence) and not isinstance(host, str) and len(host) == 2  # noqa: PLR2004
 
 
 def _to_address(options: dict[str, Any]) -> Address:
     for name in options:
         if name not in _OPTIONS:
-            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(sorted(_OPTIONS))}")
+            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(_OPTIONS)}")
+    values = {
+        name.removeprefix("socket_"): rule(name, options[name]) for name, rule in _RULES.items() if name in options
+    }
     path = options.get("path") or options.get("unix_socket_path")
-    host, port, db = options.get("host", "localhost"), options.get("port", 6379), options.get("db", 0)
-    if not isinstance(host, str) or not host:
-        raise TypeError(f"the host of a Redis server must be a str, not {host!r}")
-    port, db = _whole("port", port, 1, 65535), _whole("db", db, 0, 2**31)
-    provider = options.get("credential_provider")
-    if provider is not None and not isinstance(provider, CredentialProvider):
-        raise TypeError("credential_provider must be a redis.CredentialProvider")
-    for name in ("username", "password", "client_name"):
-        if not isinstance(options.get(name), str | None):
-            raise TypeError(f"{name} of a Redis host must be a str")
-    with_tls = _flag("ssl", options.get("ssl", False))
+    with_tls = values.pop("ssl", False)
     if with_tls and path:
         raise ValueError("a Redis host on a unix socket has no TLS")
     if not with_tls and (unused := sorted(_TLS_OPTIONS & options.keys())):
         raise ValueError(f"{', '.join(unused)} of a Redis host have no effect without TLS: use rediss:// or ssl=True")
-    return Address(
-        host=host,
-        port=port,
-        path=path,
-        db=db,
-        username=options.get("username") or None,
-        password=options.get("password") or None,
-        credential_provider=provider,
-        client_name=options.get("client_name"),
-        timeout=_seconds("socket_timeout", options.get("socket_timeout")),
-        connect_timeout=_seconds("socket_connect_timeout", options.get("socket_connect_timeout")),
-        tls=_tls_context(options) if with_tls else None,
-    )
+    return Address(**values, path=path, tls=_tls_context(options) if with_tls else None)
 
 
 # URLs
@@ -217,11 +185,8 @@ def _parse_url(url: object) -> dict[str, Any]:
 
 
 def _parse_sentinel_url(url: str) -> dict[str, Any]:
-    scheme, _, rest = url.partition("://")
-    rest, mark, query = rest.partition("?")
-    login, at, place = rest.rpartition("@")
-    servers, _, path = place.partition("/")
-    master_name, _, db = path.partition("/")
+    scheme, login, servers, path = _parts(url)
+    master_name, _, db = path[1:].partition("/")
     pairs = [pair for server in servers.split(",") if (pair := _SENTINEL_HOST.fullmatch(server))]
     if not master_name or len(pairs) <= servers.count(",") or not re.fullmatch(r"\d*", db):
         # No part of it here: it may hold a password.
@@ -229,7 +194,7 @@ def _parse_sentinel_url(url: str) -> dict[str, Any]:
             "a Sentinel URL is redis+sentinel://[user[:password]@]host[:port][,host[:port]...]/master_name[/db][?options]"
         )
     # The rest is as in any URL of a Redis; the host is what the sentinels will say.
-    options = _parse_url(f"{scheme.partition('+')[0]}://{login}{at}primary/{db}{mark}{query}")
+    options = _parse_url(f"{scheme.partition('+')[0]}://{login}primary/{db}?{url.partition('?')[2]}")
     del options["host"]
     of_sentinels = {name: value for name, value in options.items() if name.startswith("ssl")}
     for name in ("username", "password"):
@@ -243,9 +208,17 @@ def _parse_sentinel_url(url: str) -> dict[str, Any]:
     }
 
 
+def _parts(url: str) -> tuple[str, str, str, str]:
+    """Return the scheme of ``url``, its user and password with the @, the names of servers, and the path with its slash."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    login, at, nodes = rest.rpartition("@")
+    names, slash, path = nodes.partition("/")
+    return scheme, login + at, names, slash + path
+
+
 def options_of(scheme: str) -> list[str]:
     """Return the names of the options that a URL of ``scheme`` may give for its servers."""
-    return [*sorted(_OPTIONS), *(["sentinel_password", "sentinel_username"] if scheme.endswith("+sentinel") else [])]
+    return [*_OPTIONS, *(["sentinel_password", "sentinel_username"] if scheme.endswith("+sentinel") else [])]
 
 
 def split_url(url: str, others: Collection[str]) -> SplitURL:
@@ -253,39 +226,44 @@ def split_url(url: str, others: Collection[str]) -> SplitURL:
 
     ``others``: the names of options that are not for the servers.
     """
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("?")[0]
-    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
-    tail = urlencode([pair for pair in pairs if pair[0] not in others])
-    tail = f"?{tail}" if tail else ""
-    login, at, nodes = place.rpartition("@")
-    names, slash, path = nodes.partition("/")
+    scheme, login, names, path = _parts(url)
     if "," in names and not all(names.split(",")):
         raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
-    if "," in place and "@" in login:
+    if "," in login + names + path and "@" in login[:-1]:
         raise ValueError(
             "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
         )
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    tail = urlencode([pair for pair in pairs if pair[0] not in others])
     is_cluster = scheme.endswith("+cluster")
     scheme = scheme.removesuffix("+cluster")
-    hosts: list[Host] = [f"{scheme}://{place}{tail}"]
-    if is_cluster or ("," in names and scheme in {"redis", "rediss"}):
-        # Each server of the list with what else the URL says.
-        hosts = [f"{scheme}://{login}{at}{name}{slash}{path}{tail}" for name in names.split(",")]
+    is_list = is_cluster or scheme in {"redis", "rediss"}
+    hosts: list[Host] = [
+        f"{scheme}://{login}{name}{path}{tail and '?'}{tail}" for name in (names.split(",") if is_list else [names])
+    ]
     return SplitURL(hosts, is_cluster, [pair for pair in pairs if pair[0] in others])
 
 
 # Values
 
 
-def _whole(name: str, value: object, least: int, most: int) -> int:
-    try:
-        number = int(value) if isinstance(value, int | str) else None
-    except ValueError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {value!r}")
-    return number
+def _host(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"the {name} of a Redis server must be a str, not {value!r}")
+    return value
+
+
+def _only(kind: type[T], name: str, value: object) -> T | None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} of a Redis host must be a {kind.__name__}")  # and not what it is: it may be a password
+    return value or None
+
+
+def _whole(least: int, most: int, name: str, value: object) -> int:
+    with suppress(ValueError):
+        if isinstance(value, int | str) and least <= int(value) <= most:
+            return int(value)
+    raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {value!r}")
 
 
 def _flag(name: str, value: object) -> bool:
@@ -298,13 +276,26 @@ def _flag(name: str, value: object) -> bool:
 def _seconds(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"{name} of a Redis host must be a positive number of seconds, not {value!r}")
-    return seconds
+    with suppress(TypeError, ValueError):
+        if 0 < (seconds := float(value)) < float("inf"):
+            return seconds
+    raise ValueError(f"{name} of a Redis host must be a positive number of seconds, not {value!r}")
+
+
+_RULES: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "client_name": partial(_only, str),
+    "credential_provider": partial(_only, CredentialProvider),
+    "db": partial(_whole, 0, 2**31),
+    "host": _host,
+    "password": partial(_only, str),
+    "port": partial(_whole, 1, 65535),
+    "socket_connect_timeout": _seconds,
+    "socket_timeout": _seconds,
+    "ssl": _flag,
+    "username": partial(_only, str),
+}
+_OPTIONS: Final = sorted({*_RULES, *_TLS_OPTIONS, "path", "unix_socket_path"})
+"""Every option a host entry accepts."""
 
 
 def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:

@@ -14,8 +14,6 @@ from typing import TypeVar
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group
 
-__all__ = ["at_each", "try_each"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -55,13 +53,8 @@ async def at_each(call: Callable[[T], Awaitable[R]], targets: Sequence[T]) -> li
     """
     if len(targets) == 1:
         return [await call(targets[0])]
-    results: dict[int, R] = {}
-    errors: list[Exception] = []
-    for (number, _), outcome in await try_each(lambda numbered: call(numbered[1]), list(enumerate(targets))):
-        if isinstance(outcome, Exception):
-            errors.append(outcome)
-        else:
-            results[number] = outcome
-    if errors:
+    ended = await try_each(lambda number: call(targets[number]), range(len(targets)))
+    results = {number: outcome for number, outcome in ended if not isinstance(outcome, Exception)}
+    if errors := [outcome for _, outcome in ended if isinstance(outcome, Exception)]:
         raise errors[0]
     return [results[number] for number in range(len(targets))]

@@ -20,21 +20,16 @@ from typing import Any, Final
 
 import redis.exceptions
 from anyio import Event, move_on_after, sleep
-from anyio.abc import TaskGroup
 from redis.crc import key_slot
 
 from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
-from .connection import reply_to
 from .errors import MAY_SEND_AGAIN
-from .link import MOST_HOPS, Call, Link, LinkEvents, Timeouts
-from .protocol import Argument
-from .replies import SlotRange
-from .router import Router, plain_router
+from .link import Call, Link, LinkEvents, Script, Timeouts
+from .protocol import Argument, Parse
+from .router import Router
 from .server import Server
-
-__all__ = ["Cluster", "make_router"]
 
 _SLOTS: Final = 16384
 _PAUSE: Final = 0.05
@@ -54,18 +49,16 @@ _AT_THIS_NODE: Final = frozenset(
 class ClusterLink(Link):
     """The way to one node, or to another one if that node says so."""
 
-    redirects: bool = True
-
     def __init__(self, server: Server, timeouts: Timeouts, events: LinkEvents, cluster: Cluster) -> None:
         """``cluster``: knows the other nodes."""
         super().__init__(server, timeouts, events)
         self._cluster = cluster
 
-    def send(self, call: Call, timeout: float | None = None, *, waits: bool = False) -> None:
+    def send(self, call: Call, timeout: float | None = None) -> None:
         """Send ``call`` to this node."""
         if call.asking and self.connection is not None:
             self.connection.submit("ASKING")
-        super().send(call, timeout, waits=waits)
+        super().send(call, timeout)
         if call.command[0] == "SUNSUBSCRIBE" and self.connection is not None:
             self.connection.fence()
 
@@ -83,42 +76,33 @@ class ClusterLink(Link):
         self._cluster.follow(error)
         call.link = target
         call.asking = not isinstance(error, redis.exceptions.MovedError)
-        if not call.hops or (target.connection is None and call.bell is not None):
+        if not call.hops or (target.connection is None and call.waits):
             return False  # whoever waits for the call waits for that too
         call.hops -= 1
         call.begin_again()
         target.send(call)
         return True
 
-    async def wait(self, call: Call) -> Any:
-        """Send ``call`` to whoever owns its key, and wait for the reply, as ``Link.execute`` says."""
-        key = _key_of(call.command)
-        if key is None:
-            return await super().wait(call)
+    async def see_through(self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None) -> Any:
+        """Send ``command`` to whoever owns its key, and wait for the reply, as ``execute`` says."""
+        key = _key_of(command)
         give_up = time.monotonic() + self.timeout
+        link: Link = self
+        asking = False
         while True:
-            link = call.link
-            timeout = None
+            call = Call(command, parse, waits=True, asking=asking, link=link, script=script)
             try:
-                if link.connection is None:
-                    await link.up_until(give_up)
-                    timeout = max(0.0, give_up - time.monotonic())
-                call.hops = MOST_HOPS
-                call.begin_again()
-                link.send(call, timeout, waits=True)
-                return await reply_to(call)
-            except redis.exceptions.AskError:
-                if time.monotonic() > give_up:
+                return await link.send_when_up(call, give_up)
+            except (redis.exceptions.AskError, *MAY_SEND_AGAIN) as error:
+                if key is None or time.monotonic() > give_up:
                     raise
-                if call.link.connection is not None:
+                link, asking = call.link, call.asking
+                if not isinstance(error, redis.exceptions.AskError):
+                    self._cluster.follow(error)
+                    await sleep(_PAUSE)
+                    link, asking = self._cluster.owner("", key), False
+                elif link.connection is not None:
                     await sleep(_PAUSE)  # they do not agree yet
-            except MAY_SEND_AGAIN as error:
-                if time.monotonic() > give_up:
-                    raise
-                self._cluster.follow(error)
-                await sleep(_PAUSE)
-                call.asking = False
-                call.link = self._cluster.owner("", key)
 
     def on_trouble(self) -> None:
         """Ask who owns what now."""
@@ -132,27 +116,22 @@ class Cluster(Router):
     clustered: bool = True
     passing: tuple[type[redis.exceptions.RedisError], ...] = (*MAY_SEND_AGAIN, redis.exceptions.MovedError)
 
-    def __init__(self, hosts: Sequence[Host] | None) -> None:
-        """``hosts``: some of the nodes, with what it takes to log in, which is the same at all of them."""
-        self._first: list[Address] = []
-        for address in parse_hosts(hosts):
+    def __init__(self, addresses: Sequence[Address | SentinelAddress]) -> None:
+        """``addresses``: of some of the nodes, with what it takes to log in, which is the same at all of them."""
+        super().__init__(addresses)
+        for address in addresses:
             if isinstance(address, SentinelAddress):
-                raise ValueError(  # noqa: TRY004 - a value
-                    "a Redis Cluster needs no sentinels: hosts names some of its nodes"
-                )
+                raise ValueError("a Redis Cluster needs no sentinels: hosts names some of its nodes")  # noqa: TRY004
             if address.path is not None:
                 raise ValueError(f"a node of a Redis Cluster is reached by host and port, not at {address.path!r}")
             if address.db:
                 raise ValueError(f"a Redis Cluster has only database 0, not {address.db}")
-            self._first.append(address)
-        super().__init__(self._first)
 
     def _reset(self) -> None:
         super()._reset()
         self._by_address: dict[tuple[str, int], ClusterLink] = {}
         self._owners: list[Link | None] = [None] * _SLOTS
         self._bell = Event()
-        self._leaving: list[Link] = []
         self._turn = 0
         self._moved_at: dict[int, float] = {}
         self._kept_until: dict[Link, float] = {}
@@ -160,7 +139,7 @@ class Cluster(Router):
     @property
     def name(self) -> str:
         """The cluster's name, as for ``repr``: the nodes that were named."""
-        return "Redis Cluster at " + ", ".join(f"{one.host}:{one.port}" for one in self._first)
+        return "Redis Cluster at " + ", ".join(f"{one.address.host}:{one.address.port}" for one in self.servers)
 
     async def _find_links(self) -> None:
         """Ask the first nodes who owns what."""
@@ -190,14 +169,14 @@ class Cluster(Router):
         """Find or make the link to the node at that address."""
         link = self._by_address.get((host, port))
         if link is None:
-            server = Server(replace(self._first[0], host=host, port=port))
+            server = Server(replace(self.servers[0].address, host=host, port=port))
             link = self._by_address[host, port] = ClusterLink(server, self._timeouts, self._events, self)
             self.add_link(link)
         return link
 
     def target(self, error: redis.exceptions.AskError, link: Link) -> Link:
         """Return the link to the node that ``error``, said by the node of ``link``, names; without a host, it is the same."""
-        target = self.link_to(error.host or _host_of(link), error.port)
+        target = self.link_to(error.host or link.server.address.host, error.port)
         if not isinstance(error, redis.exceptions.MovedError):
             self._kept_until[target] = time.monotonic() + _KEEP_SECONDS
         return target
@@ -220,7 +199,7 @@ class Cluster(Router):
         """Ask who owns what."""
         self._bell.set()
 
-    async def _follow_changes(self, tasks: TaskGroup) -> None:
+    async def _follow_changes(self) -> None:
         while True:
             with move_on_after(self._timeouts.keep_alive):
                 await self._bell.wait()  # and now and then, for not every change is heard of
@@ -229,9 +208,6 @@ class Cluster(Router):
                 self._bell = Event()
                 with suppress(redis.exceptions.RedisError):
                     self._apply(*await self._ask())
-                leaving, self._leaving = self._leaving, []
-                for link in leaving:
-                    tasks.start_soon(link.retire)
                 if all(link.connection is not None for link in self.links):
                     self._moved_at.clear()
                     break
@@ -240,7 +216,7 @@ class Cluster(Router):
 
     # The inside
 
-    async def _ask(self) -> tuple[str, list[SlotRange]]:
+    async def _ask(self) -> tuple[str, list[replies.SlotRange]]:
         """Return what CLUSTER SLOTS says, and the host that said so; from a node that we have a connection to, if any answers."""
         self._turn += 1
         turn = self._turn % len(self.links)
@@ -249,60 +225,47 @@ class Cluster(Router):
                 with suppress(redis.exceptions.RedisError), move_on_after(_ASK_SECONDS):
                     table = await link.connection.execute("CLUSTER", "SLOTS", parse=replies.slot_ranges)
                     if table:
-                        return _host_of(link), table
+                        return link.server.address.host, table
         return await self._ask_first()
 
-    async def _ask_first(self) -> tuple[str, list[SlotRange]]:
+    async def _ask_first(self) -> tuple[str, list[replies.SlotRange]]:
         """As ``_ask``, from the nodes that were named: all at the same time, the first answer counts."""
 
-        async def ask(server: Server) -> tuple[str, list[SlotRange]]:
-            try:
-                table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
-            except OSError as error:
-                why = str(error) or "it did not answer in time"
-                raise redis.exceptions.ConnectionError(f"{server.name} cannot be reached: {why}") from error
+        async def ask(server: Server) -> tuple[str, list[replies.SlotRange]]:
+            table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
             if not table:
                 raise redis.exceptions.ClusterDownError(f"{server.name}: no node of the cluster owns a slot")
             return server.address.host, table
 
-        ended = await try_each(
-            ask, [Server(one) for one in self._first], enough=lambda told: not isinstance(told, Exception)
-        )
+        ended = await try_each(ask, self.servers, enough=lambda told: not isinstance(told, Exception))
         for _, told in ended:
             if not isinstance(told, Exception):
                 return told
             error = told
         raise error
 
-    def _apply(self, its_host: str, table: list[SlotRange]) -> None:
+    def _apply(self, its_host: str, table: list[replies.SlotRange]) -> None:
         """Take over what CLUSTER SLOTS said."""
         found: dict[int, Link] = {}
-        for line in table:
+        for first, last, host, port in table:
             # A node that does not know its own address leaves it out.
-            node = self.link_to(line.host or its_host, line.port)
-            found.update(dict.fromkeys(range(line.first, line.last + 1), node))
+            found.update(dict.fromkeys(range(first, last + 1), self.link_to(host or its_host, port)))
         now = time.monotonic()
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
         used = {*found.values(), *self._kept_until}
-        self._leaving += [link for link in self.links if link not in used]
-        self.links: list[Link] = [link for link in self.links if link in used]
-        for link in self._leaving:
-            if link.connection is not None:
-                link.connection.mute()
+        for link in tuple(self.links):
+            if link not in used:
+                self.links.remove(link)
+                link.retire()
         self._by_address = {address: link for address, link in self._by_address.items() if link in used}
         self._assign(found)
 
     def _assign(self, found: dict[int, Link]) -> None:
-        moved: set[int] = set()
-        lost: set[int] = set()
+        moved = {slot for slot, link in found.items() if self._owners[slot] not in (None, link)}
+        up = {link for link in self.links if link.connection is not None}
+        lost = {slot for slot in moved if self._owners[slot] not in up}
         for slot, link in found.items():
-            before = self._owners[slot]
-            if before is not link:
-                self._owners[slot] = link
-                if before is not None:
-                    moved.add(slot)
-                    if before not in self.links or before.connection is None:
-                        lost.add(slot)
+            self._owners[slot] = link
         if self._tasks is not None:
             self._events.on_moved(moved, lost)
 
@@ -312,11 +275,8 @@ def make_router(hosts: Sequence[Host] | None, *, cluster: bool) -> Router:
 
     Raises ``TypeError`` for an unknown option and ``ValueError`` for a value that cannot be; nothing is connected yet.
     """
-    return Cluster(hosts) if cluster else plain_router(hosts)
-
-
-def _host_of(link: Link) -> str:
-    return link.server.address.host if isinstance(link.server, Server) else ""
+    addresses = parse_hosts(hosts)
+    return Cluster(addresses) if cluster else Router(addresses)
 
 
 def _key_of(command: Sequence[Argument]) -> str | bytes | None:

@@ -28,9 +28,7 @@ from anyio.abc import ByteStream
 from anyio_channels.wakeup import Bell, thread
 
 from .errors import ConnectionLost, ConnectionTimeout
-from .protocol import Argument, Request, RespProtocol
-
-__all__ = ["Connection", "reply_to"]
+from .protocol import Argument, Done, Parse, Request, RespProtocol
 
 _CHUNK: Final = 65536
 
@@ -117,11 +115,11 @@ class Connection:
 
     # Requests
 
-    def send(self, request: Request, timeout: float | None = None, *, waits: bool = False) -> None:
+    def send(self, request: Request, timeout: float | None = None) -> None:
         """Queue ``request`` and return at once; it is settled when it is answered, or never will be.
 
         On a connection that has ended it is settled before this returns. ``timeout``: seconds, if not those of the
-        connection. ``waits``: the running task will wait for it, in ``reply_to``.
+        connection.
         """
         self.commands += 1
         request.due = time.monotonic() + (self.timeout if timeout is None else timeout)
@@ -131,7 +129,7 @@ class Connection:
             request.settle()
             return
         protocol.queue.append(request)
-        if waits:
+        if request.waits and request.bell is None:  # else it is sent again, and waited for since
             request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
             self._writer_bell.set()
@@ -139,15 +137,11 @@ class Connection:
             self._watch_bell.set()
 
     def submit(
-        self,
-        *command: Argument,
-        parse: Callable[[Any], Any] | None = None,
-        done: Callable[[Request], object] | None = None,
-        timeout: float | None = None,
+        self, *command: Argument, parse: Parse | None = None, done: Done | None = None, waits: bool = False
     ) -> Request:
-        """Send ``command`` as ``send`` does; ``parse`` and ``done`` as in ``Request``."""
-        request = Request(command, parse, done)
-        self.send(request, timeout)
+        """Send ``command`` as ``send`` does; the rest as in ``Request``."""
+        request = Request(command, parse, done, waits)
+        self.send(request)
         return request
 
     def fence(self) -> None:
@@ -158,18 +152,14 @@ class Connection:
         """
         self.submit("PING").is_fence = True
 
-    def execute(
-        self, *command: Argument, parse: Callable[[Any], Any] | None = None, timeout: float | None = None
-    ) -> Coroutine[Any, Any, Any]:
+    def execute(self, *command: Argument, parse: Parse | None = None) -> Coroutine[Any, Any, Any]:
         """Send ``command`` and return its reply, as ``parse`` returns it.
 
         Raises what the server replied as an error of the ``redis`` package, and ``ConnectionLost`` when the connection
         ended. If cancelled, the command was not sent, or it may run and its reply is swallowed.
         """
         # Not itself a coroutine function: one frame less for each reply to go through.
-        request = Request(command, parse)
-        self.send(request, timeout, waits=True)
-        return reply_to(request)
+        return reply_to(self.submit(*command, parse=parse, waits=True))
 
     # The inside
 
@@ -231,7 +221,7 @@ class Connection:
 
 
 async def reply_to(request: Request) -> Any:
-    """Wait for the reply to ``request``, which was just sent with ``waits``, and return it or raise its error.
+    """Wait for the reply to ``request``, which ``waits`` and was just sent, and return it or raise its error.
 
     If cancelled, the request is abandoned: it was not written, or it may run and its reply is swallowed.
     """

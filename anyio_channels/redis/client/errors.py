@@ -16,17 +16,6 @@ from typing import Final
 
 import redis.exceptions
 
-__all__ = [
-    "MAY_SEND_AGAIN",
-    "NOT_READY",
-    "OUTAGE",
-    "ConnectionLost",
-    "ConnectionTimeout",
-    "LinkRetired",
-    "is_refusal",
-    "to_error",
-]
-
 _ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "ASK": redis.exceptions.AskError,
     "CLUSTERDOWN": redis.exceptions.ClusterDownError,
@@ -61,27 +50,15 @@ class LinkRetired(ConnectionLost):
     """The link is not used any more: ask the router for another one."""
 
 
-NOT_READY: Final = (
-    redis.exceptions.BusyLoadingError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-)
+_PASSING: Final = (redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError)  # the first is MASTERDOWN's too
+NOT_READY: Final = (redis.exceptions.BusyLoadingError, *_PASSING)
 """Refusals of a handshake that only mean *not yet*. ``READONLY`` is not among them: a replica stays one."""
-MAY_SEND_AGAIN: Final = (
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.TryAgainError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.ReadOnlyError,
-    LinkRetired,
-)
+MAY_SEND_AGAIN: Final = (*_PASSING, redis.exceptions.ReadOnlyError, LinkRetired)
 """The command did not run, and the node that owns its key, which may be another one by now, will take it."""
 OUTAGE: Final = (
+    *_PASSING,
     redis.exceptions.ConnectionError,
     redis.exceptions.ReadOnlyError,
-    redis.exceptions.MasterDownError,
-    redis.exceptions.TryAgainError,
-    redis.exceptions.ClusterDownError,
     redis.exceptions.AskError,
 )
 """Nothing is wrong with the command: readers wait. Lost connections are among them, for reading again does no harm."""

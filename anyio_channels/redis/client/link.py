@@ -15,29 +15,26 @@ Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha1
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import hiredis
 import redis.exceptions
 from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
-from anyio.abc import ByteStream
 from redis.backoff import ExponentialWithJitterBackoff
 
 from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
 
 from .connection import Connection, reply_to
 from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
-from .protocol import Argument, Request
-
-__all__ = ["Call", "Link", "LinkEvents", "Script", "Target", "Timeouts"]
+from .protocol import Argument, Done, Parse, Request
+from .server import Server
 
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
-MOST_HOPS: Final = 16
+_MOST_HOPS: Final = 16
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
 _QUIET: Final = 10.0
@@ -50,13 +47,13 @@ class Script:
 
     text: str
     digest: str
-    parse: Callable[[Any], Any] | None
+    parse: Parse | None
     """Turns the reply into what callers get, as in ``Request``."""
     announces: bool
     """Whether its last argument is a sharded Redis channel on which it says what it did."""
 
     @classmethod
-    def of(cls, text: str, parse: Callable[[Any], Any] | None = None, *, announces: bool = False) -> Script:
+    def of(cls, text: str, parse: Parse | None = None, *, announces: bool = False) -> Script:
         """Return the script for ``text``."""
         return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest(), parse, announces)
 
@@ -71,28 +68,6 @@ class Timeouts:
     """In which a connection is made, and what is to be restored is restored."""
     keep_alive: float
     """Between signs of life where nobody else gives them."""
-
-
-class Target(Protocol):
-    """Where a link leads: one server, or whichever of some has a role."""
-
-    @property
-    def name(self) -> str:
-        """The name used in error messages."""
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds a call may take, instead of those of ``Timeouts``."""
-
-    @property
-    def connect_timeout(self) -> float | None:
-        """Seconds connecting may take, instead of those of ``Timeouts``."""
-
-    async def connect(self) -> ByteStream:
-        """Open a stream. Raises ``OSError`` and errors of the ``redis`` package."""
-
-    async def shake_hands(self, connection: Connection) -> float:
-        """Make ``connection`` ready; return the server's time. Raises errors of the ``redis`` package."""
 
 
 class LinkEvents:
@@ -117,47 +92,31 @@ class LinkEvents:
         """Slots of a cluster were asked for; ``moved``: have another owner; ``lost``: also those whose owner was gone."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Call(Request):
     """A request that a link sees through, over more than one connection if it must be."""
 
-    __slots__ = ("hops", "link", "script")
-
-    def __init__(
-        self,
-        link: Link,
-        command: Sequence[Argument],
-        script: Script | None = None,
-        parse: Callable[[Any], Any] | None = None,
-        done: Callable[[Request], object] | None = None,
-    ) -> None:
-        """``link``: who mends it. ``script``: the one that ``command`` runs."""
-        super().__init__(command, parse, done)
-        self.link: Link = link
-        self.script: Script | None = script
-        self.hops: int = MOST_HOPS
-        """How many more redirections may be followed at once."""
+    link: Link = field(kw_only=True)
+    """Who mends it."""
+    script: Script | None = None
+    """The one that ``command`` runs."""
+    hops: int = _MOST_HOPS
+    """How many more redirections may be followed at once."""
 
     def settle(self) -> None:
         """Tell whoever asked, unless the link sends it again."""
-        if (self.error is not None or self.asking) and not self.abandoned and self.link.mend(self):
-            return
-        if self.bell is not None:
-            self.bell.set()
-        elif self.done is not None:
-            self.done(self)
+        if (self.error is None and not self.asking) or self.abandoned or not self.link.mend(self):
+            Request.settle(self)
 
 
 class Link:
     """The way to one server, up or down."""
 
-    redirects: bool = False
-    """Whether the server may send a call elsewhere, so that ``wait`` has to follow it."""
-
-    def __init__(self, server: Target, timeouts: Timeouts, events: LinkEvents) -> None:
+    def __init__(self, server: Server, timeouts: Timeouts, events: LinkEvents) -> None:
         """``events`` hears what happens to the link."""
-        self.server: Target = server
-        self.timeout: float = server.timeout or timeouts.timeout
-        self.connect_timeout: float = server.connect_timeout or timeouts.connect_timeout
+        self.server: Server = server
+        self.timeout: float = server.address.timeout or timeouts.timeout
+        self.connect_timeout: float = server.address.connect_timeout or timeouts.connect_timeout
         self.connection: Connection | None = None
         """The connection, while it is up."""
         self.connects: int = 0
@@ -202,19 +161,23 @@ class Link:
         finally:
             self._troubles.close()
 
-    async def retire(self) -> None:
-        """End the connection when all that is in flight is answered; calls that wait for it get ``LinkRetired``."""
+    def retire(self) -> None:
+        """Deliver no pushes any more, and end the connection when all that is in flight is answered.
+
+        Calls that wait for it to be up get ``LinkRetired``.
+        """
         self.retired = True
         self._tell()
-        if self.connection is not None:
+        if self.connection is None:
+            self._scope.cancel()
+        else:
             self.connection.mute()
-            with suppress(redis.exceptions.RedisError):
-                await self.connection.execute("PING")
-        self._scope.cancel()
+            self.connection.submit("PING", done=lambda _: self._scope.cancel())
 
     async def _run(self) -> None:
         failures = 0
         while True:
+            connects = self.connects
             try:
                 with fail_after(self.connect_timeout):
                     stream = await self.server.connect()
@@ -222,28 +185,24 @@ class Link:
                 self._fail(error)
             else:
                 on_push = partial(self._events.on_push, self)
-                if await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push)):
-                    failures = 0
-            failures = min(failures + 1, _MOST_FAILURES)
+                await self._serve(Connection(stream, self.name, timeout=self.timeout, on_push=on_push))
+            failures = min(failures + 1, _MOST_FAILURES) if self.connects == connects else 1
             with move_on_after(_BACKOFF.compute(failures)):
                 await self._hurry.wait()
             self._hurry = Event()
 
-    async def _serve(self, connection: Connection) -> bool:
-        """Serve ``connection`` until it ends; return whether it ever came up."""
-        came_up = False
+    async def _serve(self, connection: Connection) -> None:
+        """Serve ``connection`` until it ends."""
         async with create_task_group() as tasks:
             tasks.start_soon(connection.run)
             try:
                 with fail_after(self.connect_timeout):
                     before = time.monotonic()
-                    server_time = await self.server.shake_hands(connection)
-                    self.set_clock(server_time, before)
+                    self.set_clock(await self.server.shake_hands(connection), before)
                     await self._events.restore(self, connection)
             except (OSError, redis.exceptions.RedisError) as error:
                 self._fail(error)
             else:
-                came_up = True
                 self._up(connection)
                 try:
                     await connection.wait_ended()
@@ -253,7 +212,6 @@ class Link:
                     self._past_commands += connection.commands
             finally:
                 tasks.cancel_scope.cancel()
-        return came_up
 
     def reconnect(self, why: str) -> None:
         """Give the connection up and make a new one at once."""
@@ -288,86 +246,66 @@ class Link:
 
     # Calls
 
-    def execute(self, *command: Argument, parse: Callable[[Any], Any] | None = None) -> Coroutine[Any, Any, Any]:
+    def execute(self, *command: Argument, parse: Parse | None = None) -> Coroutine[Any, Any, Any]:
         """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
 
         Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
         the command was not sent, or it may run and its reply is swallowed.
         """
-        call = Call(self, command, None, parse)
-        if self.redirects or self.connection is None:
-            return self.wait(call)
-        self.connection.send(call, waits=True)
-        return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
+        return self.see_through(command, parse)
 
     def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
         """Run ``script`` on ``keys`` and return what it returns.
 
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
-        call = self._script_call(script, keys, args)
-        if self.redirects or self.connection is None:
-            return self.wait(call)
-        self.connection.send(call, waits=True)
-        return reply_to(call)
+        return self.see_through(self._to_run(script, keys, args), script.parse, script)
 
-    def submit(
-        self,
-        *command: Argument,
-        parse: Callable[[Any], Any] | None = None,
-        done: Callable[[Request], object] | None = None,
-        timeout: float | None = None,
-    ) -> None:
+    def submit(self, *command: Argument, parse: Parse | None = None, done: Done | None = None) -> None:
         """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""
-        self.send(Call(self, command, None, parse, done), timeout)
+        self.send(Call(command, parse, done, link=self))
 
     def call_soon(
-        self,
-        script: Script,
-        keys: Sequence[str],
-        *args: Argument,
-        done: Callable[[Request], object],
-        timeout: float | None = None,
+        self, script: Script, keys: Sequence[str], *args: Argument, done: Done, timeout: float | None = None
     ) -> None:
-        """Run ``script`` on ``keys`` as ``submit`` does."""
-        self.send(self._script_call(script, keys, args, done), timeout)
+        """Run ``script`` on ``keys`` as ``submit`` does; ``timeout`` as in ``Connection.send``."""
+        command = self._to_run(script, keys, args)
+        self.send(Call(command, script.parse, done, link=self, script=script), timeout)
 
-    def _script_call(
-        self,
-        script: Script,
-        keys: Sequence[str],
-        args: Sequence[Argument],
-        done: Callable[[Request], object] | None = None,
-    ) -> Call:
+    def _to_run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Sequence[Argument]:
         if script.digest in self._known:
-            command: tuple[Argument, ...] = ("EVALSHA", script.digest, len(keys), *keys, *args)
-        else:
-            command = ("EVAL", script.text, len(keys), *keys, *args)
-            if self.connection is not None:
-                self._known.add(script.digest)
-        return Call(self, command, script, script.parse, done)
+            return ("EVALSHA", script.digest, len(keys), *keys, *args)
+        if self.connection is not None:
+            self._known.add(script.digest)
+        return ("EVAL", script.text, len(keys), *keys, *args)
 
-    def send(self, call: Call, timeout: float | None = None, *, waits: bool = False) -> None:
-        """Send ``call``; it is settled at once if the link is down. ``waits``: as in ``Connection.send``."""
+    def send(self, call: Call, timeout: float | None = None) -> None:
+        """Send ``call``; it is settled at once if the link is down."""
         if self.connection is None:
             call.error = self.down_error()
             call.settle()
         else:
-            self.connection.send(call, timeout, waits=waits)
+            self.connection.send(call, timeout)
 
-    async def wait(self, call: Call) -> Any:
-        """Send ``call`` when the link is up, and wait for the reply, as ``execute`` says."""
-        give_up = time.monotonic() + self.timeout
-        await self.up_until(give_up)
-        self.send(call, max(0.0, give_up - time.monotonic()), waits=True)
-        return await reply_to(call)
-
-    async def up_until(self, give_up: float) -> None:
-        """Wait for the connection until ``give_up``, by ``time.monotonic()``; then raise why there is none."""
-        with move_on_after(give_up - time.monotonic()):
-            await self.ready()
+    def see_through(
+        self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Send ``command``, at once if the link is up, and return what waits for the reply, as ``execute`` says."""
+        call = Call(command, parse, waits=True, link=self, script=script)
         if self.connection is None:
-            raise self.down_error()
+            return self.send_when_up(call, time.monotonic() + self.timeout)
+        self.connection.send(call)
+        return reply_to(call)  # not a coroutine itself: one frame less for each reply to go through
+
+    async def send_when_up(self, call: Call, give_up: float) -> Any:
+        """Send ``call`` when the link is up, if that is before ``give_up``, and wait for the reply."""
+        timeout = None
+        if self.connection is None:
+            with move_on_after(give_up - time.monotonic()):
+                await self.ready()
+            timeout = max(0.0, give_up - time.monotonic())
+        self.send(call, timeout)
+        return await reply_to(call)
 
     def mend(self, call: Call) -> bool:
         """Send a call that failed again, if that mends it; ``False``: whoever asked is to be told."""
@@ -425,9 +363,7 @@ class Link:
     def down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
         """Return the error that says why there is no connection."""
         error = self.error
-        if isinstance(error, redis.exceptions.AuthenticationError):
-            return redis.exceptions.AuthenticationError(_reason(error))
-        if isinstance(error, redis.exceptions.ResponseError):
+        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.ResponseError):
             return type(error)(_reason(error))
         kind = ConnectionTimeout if isinstance(error, TimeoutError) or error is None else ConnectionLost
         lost = kind(f"{self.name} cannot be reached: {_reason(error)}", may_have_run=False)

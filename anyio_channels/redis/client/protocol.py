@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Final, TypeAlias
 from typing import Protocol as Interface
 
@@ -23,10 +25,10 @@ from hiredis import PushNotification
 
 from .errors import ConnectionLost, to_error
 
-__all__ = ["MOST_ELEMENTS", "Argument", "Event", "Request", "RespProtocol"]
-
 Argument: TypeAlias = bytes | str | int | float
 """What a command is made of."""
+Parse: TypeAlias = Callable[[Any], Any]
+Done: TypeAlias = "Callable[[Request], object]"
 
 MOST_ELEMENTS: Final = 2**20
 """An array, map, set or push may announce this many elements: hiredis allocates the list as soon as it sees the header."""
@@ -39,7 +41,13 @@ _CONFIRMED: Final[dict[Argument, bytes]] = {
     for name in ("SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE")
 }
 """RESP3 answers these by a push for each name (https://redis.io/docs/latest/develop/reference/protocol-spec/#pushes)."""
-_WORDS: Final = frozenset(_CONFIRMED.values())
+_SHAPES: Final[dict[bytes, set[tuple[type, ...]]]] = {
+    b"message": {(bytes, bytes, bytes)},
+    b"smessage": {(bytes, bytes, bytes)},
+    b"pmessage": {(bytes, bytes, bytes, bytes)},
+    **{word: {(bytes, bytes, int), (bytes, NoneType, int)} for word in _CONFIRMED.values()},
+}
+"""What pushes that we know are made of."""
 # A header follows a line break, but for the very first one. The single literal in front lets the regular expression engine
 # search as fast as memchr; whether a hit is a header or part of a string is asked of hiredis.
 _HEADER: Final = re.compile(rb"[*%~>|](\d{7,})")
@@ -56,44 +64,40 @@ class _Bell(Interface):
     def set(self) -> object: ...
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """A command, and what became of it: it is settled once, when ``reply`` or ``error`` is there."""
 
-    __slots__ = (
-        "abandoned", "asking", "awaits", "bell", "command", "confirmations", "data", "done", "due", "error", "is_fence", "parse",
-        "reply", "written",
-    )  # fmt: skip
+    command: Sequence[Argument]
+    parse: Parse | None = None
+    """Turns the reply into what the caller gets, and raises if it is not what the command returns.
 
-    def __init__(
-        self,
-        command: Sequence[Argument],
-        parse: Callable[[Any], Any] | None = None,
-        done: Callable[[Any], object] | None = None,
-    ) -> None:
-        """``parse`` turns the reply into what the caller gets, and raises if it is not what the command returns.
+    ``int`` takes an integer as it is, and nothing else.
+    """
+    done: Done | None = None
+    """Called with the request when it is settled; it must neither wait nor raise."""
+    waits: bool = False
+    """Whether the task that sends it waits for it: then ``bell`` is rung, and ``done`` not called."""
+    bell: _Bell | None = None
+    data: bytes = field(init=False)
+    awaits: bytes | None = field(init=False)
+    confirmations: int = field(init=False)
+    due: float = 0.0
+    """When it must be answered, by the driver's clock."""
+    reply: Any = None
+    error: Exception | None = None
+    written: bool = False
+    abandoned: bool = False
+    asking: bool = False
+    """Whether a cluster's ASKING goes in front of it: then its owner looks at its success too, in ``settle``."""
+    is_fence: bool = False
+    """Whether an error in its place is a late answer to what is in front of it."""
 
-        ``int`` as ``parse`` takes an integer as it is, and nothing else.
-
-        ``done`` is called with the request when it is settled; it must neither wait nor raise.
-        """
-        self.command: Sequence[Argument] = command
-        self.data: bytes = hiredis.pack_command(command)  # type: ignore[arg-type] # hiredis says "of one item"
-        self.parse: Callable[[Any], Any] | None = parse
-        self.done: Callable[[Any], object] | None = done
-        self.bell: _Bell | None = None
-        """Whom to wake, in the place of calling ``done``."""
-        self.awaits: bytes | None = _CONFIRMED.get(command[0])
-        self.confirmations: int = len(command) - 1
-        self.due: float = 0.0
-        """When it must be answered, by the driver's clock."""
-        self.reply: Any = None
-        self.error: Exception | None = None
-        self.written: bool = False
-        self.abandoned: bool = False
-        self.asking: bool = False
-        """Whether a cluster's ASKING goes in front of it: then its owner looks at its success too, in ``settle``."""
-        self.is_fence: bool = False
-        """Whether an error in its place is a late answer to what is in front of it."""
+    def __post_init__(self) -> None:
+        """Pack the command."""
+        self.data = hiredis.pack_command(self.command)  # type: ignore[arg-type] # hiredis says "of one item"
+        self.awaits = _CONFIRMED.get(self.command[0])
+        self.confirmations = len(self.command) - 1
 
     def settle(self) -> None:
         """Tell whoever asked."""
@@ -225,19 +229,10 @@ class RespProtocol:
     def _take_push(self, push: list[Any]) -> Event | None:
         """Return what came of a push: itself, the request that it answers, or nothing yet."""
         word = push[0] if push else None
-        if word.__class__ is not bytes:
+        shapes = _SHAPES.get(word) if word.__class__ is bytes else None
+        if shapes is None:
             return push
-        if word == b"message" or word == b"smessage":  # noqa: PLR1714 - for each message
-            is_sound = len(push) == 3 and push[1].__class__ is bytes and push[2].__class__ is bytes  # noqa: PLR2004
-            if is_sound:
-                return push
-        elif word == b"pmessage":
-            is_sound = len(push) == 4 and all(part.__class__ is bytes for part in push)  # noqa: PLR2004
-        elif word in _WORDS:
-            is_sound = len(push) == 3 and isinstance(push[1], bytes | None) and push[2].__class__ is int  # noqa: PLR2004
-        else:
-            return push
-        if not is_sound:
+        if tuple(map(type, push)) not in shapes:
             raise _MisfitError("a push", push)
         first = self._in_flight[0] if self._in_flight else None
         if first is None or first.awaits != word or not _is_answer(first, push):

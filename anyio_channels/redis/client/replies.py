@@ -9,48 +9,22 @@ Rules:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
-__all__ = [
-    "Greeting",
-    "SlotRange",
-    "address",
-    "bytes_list",
-    "counts",
-    "greeting",
-    "info",
-    "items",
-    "popped_many",
-    "popped_one",
-    "scanned",
-    "scored",
-    "seconds",
-    "slot_ranges",
-    "text",
-    "whole",
-]
+T = TypeVar("T")
+SlotRange: TypeAlias = tuple[int, int, str, int]
+"""Slots from the first number to the second belong to the primary at that host and port."""
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
-    """What HELLO says."""
-
-    version: tuple[int, ...]
-    is_primary: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRange:
-    """One line of CLUSTER SLOTS: slots from ``first`` to ``last`` belong to the primary at ``host`` and ``port``."""
-
-    first: int
-    last: int
-    host: str
-    """Empty if the node that was asked does not know its own address."""
-    port: int
+def _of(kind: type[T], reply: Any) -> T:
+    """``reply``, if that is what it is: ``True`` is not an integer."""
+    if reply.__class__ is not kind:
+        raise TypeError(f"not of type {kind.__name__}")
+    found: T = reply
+    return found
 
 
 def items(reply: Any, count: int | None = None) -> Sequence[Any]:
@@ -62,65 +36,55 @@ def items(reply: Any, count: int | None = None) -> Sequence[Any]:
 
 def whole(reply: Any) -> int:
     """A number, as from EXISTS, ZCOUNT or CLIENT ID."""
-    if reply.__class__ is not int:
-        raise TypeError("not an integer")
-    number: int = reply
-    return number
-
-
-def _data(reply: Any) -> bytes:
-    if reply.__class__ is not bytes:
-        raise TypeError("not a string")
-    data: bytes = reply
-    return data
+    return _of(int, reply)
 
 
 def text(reply: Any) -> str:
     """A string that is text, as from TYPE or in INFO."""
-    return _data(reply).decode("utf-8", "replace")
+    return _of(bytes, reply).decode("utf-8", "replace")
 
 
 def bytes_list(reply: Any) -> list[bytes]:
     """Strings, as from PUBSUB CHANNELS."""
-    return [_data(one) for one in items(reply)]
+    return [_of(bytes, one) for one in items(reply)]
 
 
 def seconds(reply: Any) -> float:
     """TIME, in seconds since 1970."""
     whole_seconds, microseconds = items(reply, 2)
-    return int(_data(whole_seconds)) + int(_data(microseconds)) / 1_000_000
+    return int(_of(bytes, whole_seconds)) + int(_of(bytes, microseconds)) / 1_000_000
 
 
-def greeting(reply: Any) -> Greeting:
-    """HELLO, in RESP3."""
+def greeting(reply: Any) -> tuple[tuple[int, ...], bool]:
+    """HELLO, in RESP3: the version, and whether it is a primary."""
     if reply[b"proto"] != 3:  # noqa: PLR2004
         raise ValueError("not RESP3")
     version = tuple(int(part) for part in re.findall(r"\d+", text(reply[b"version"]))[:3])
-    return Greeting(version, reply.get(b"role") == b"master")
+    return version, reply.get(b"role") == b"master"
 
 
 def slot_ranges(reply: Any) -> list[SlotRange]:
-    """CLUSTER SLOTS."""
+    """CLUSTER SLOTS; the host is empty if the node that was asked does not know its own address."""
     found: list[SlotRange] = []
     for first, last, (host, port, *_), *_ in items(reply):
         if not 0 <= whole(first) <= whole(last) < 16384:  # noqa: PLR2004 - so many slots a cluster has
             raise ValueError("no such slots")
-        found.append(SlotRange(first, last, "" if host is None else text(host), whole(port)))
+        found.append((first, last, "" if host is None else text(host), whole(port)))
     return found
 
 
 def scanned(reply: Any) -> tuple[int, list[bytes]]:
     """SCAN: the next cursor, and keys."""
     cursor, keys = items(reply, 2)
-    return int(_data(cursor)), bytes_list(keys)
+    return int(_of(bytes, cursor)), bytes_list(keys)
 
 
 def address(reply: Any) -> tuple[str, int] | None:
     """SENTINEL GET-MASTER-ADDR-BY-NAME: host and port, or ``None`` for a name that is not known."""
     if reply is None:
         return None
-    host, port = items(reply, 2)
-    return _data(host).decode(), int(_data(port))
+    host, port = bytes_list(items(reply, 2))
+    return host.decode(), int(port)
 
 
 def info(reply: Any) -> dict[str, str]:
@@ -132,19 +96,18 @@ def info(reply: Any) -> dict[str, str]:
 def counts(reply: Any) -> dict[bytes, int]:
     """PUBSUB NUMSUB: how many clients listen to each Redis channel."""
     flat = items(reply)
-    return {_data(name): whole(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+    return {_of(bytes, name): whole(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def scored(reply: Any) -> list[tuple[bytes, float]]:
     """Members of a sorted set with their scores, in pairs, as RESP3 has them."""
-    return [(_data(member), _score(score)) for member, score in items(reply)]
+    return [(_of(bytes, member), _score(score)) for member, score in items(reply)]
 
 
-def _score(value: Any) -> float:
-    if value.__class__ is not float or value != value:  # noqa: PLR0124 - not a number
+def _score(reply: Any) -> float:
+    if reply.__class__ is not float or math.isnan(reply):
         raise TypeError("not a score")
-    score: float = value
-    return score
+    return float(reply)
 
 
 def popped_one(reply: Any) -> tuple[str, list[tuple[bytes, float]]] | None:
@@ -152,7 +115,7 @@ def popped_one(reply: Any) -> tuple[str, list[tuple[bytes, float]]] | None:
     if reply is None:
         return None
     key, member, score = items(reply, 3)
-    return _data(key).decode(), [(_data(member), _score(score))]
+    return popped_many([key, [[member, score]]])
 
 
 def popped_many(reply: Any) -> tuple[str, list[tuple[bytes, float]]] | None:
@@ -160,4 +123,4 @@ def popped_many(reply: Any) -> tuple[str, list[tuple[bytes, float]]] | None:
     if reply is None:
         return None
     key, members = items(reply, 2)
-    return _data(key).decode(), scored(members)
+    return _of(bytes, key).decode(), scored(members)

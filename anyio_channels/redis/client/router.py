@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from binascii import crc32
 from collections.abc import Sequence
 from typing import Final
@@ -19,19 +18,17 @@ import redis.exceptions
 from anyio import create_task_group, sleep, sleep_forever
 from anyio.abc import TaskGroup
 
-from .address import Address, Host, SentinelAddress, parse_hosts
+from .address import Address, SentinelAddress
 from .at_each import try_each
 from .link import Link, LinkEvents, Timeouts
 from .sentinel import Sentinels
 from .server import Server
 
-__all__ = ["One", "Ring", "Router", "plain_router"]
-
 _RING: Final = 4096
 
 
-class Router(ABC):
-    """The servers, and the links to them while it is open."""
+class Router:
+    """Servers that are independent of each other, and the links to them while it is open."""
 
     clustered: bool = False
     """Whether it is a cluster: one key for each script, and sharded pub/sub."""
@@ -40,7 +37,9 @@ class Router(ABC):
 
     def __init__(self, addresses: Sequence[Address | SentinelAddress]) -> None:
         """``addresses``: of the servers; nothing is connected yet."""
-        self.servers: list[Server | Sentinels] = [
+        if len(addresses) > _RING:
+            raise ValueError(f"hosts names {len(addresses)} Redis servers; {_RING} is the most")
+        self.servers: list[Server] = [
             Sentinels(one) if isinstance(one, SentinelAddress) else Server(one) for one in addresses
         ]
         self._reset()
@@ -57,15 +56,19 @@ class Router(ABC):
         """The servers' names, as for ``repr``."""
         return ", ".join(server.name for server in self.servers)
 
-    @abstractmethod
-    def owner(self, name: str, key: str | bytes) -> Link:
+    def owner(self, name: str, key: str | bytes) -> Link:  # noqa: ARG002 - a cluster goes by the key
         """Return the link to the server that owns ``name``, whose key there is ``key``."""
+        links = self.links
+        if len(links) == 1:
+            return links[0]
+        # In floating point, as theirs is: that decides who has a number on the edge between two.
+        return links[int(crc32(name.encode()) % _RING / (_RING / len(links)))]
 
     def key_at(self, link: Link, key: str) -> str | None:  # noqa: ARG002 - any will do
         """Return ``key``, or one that begins with it and is owned by the server of ``link``, if there is one."""
         return key
 
-    def follow(self, error: redis.exceptions.RedisError) -> None:  # noqa: B027 - most servers have nothing to follow
+    def follow(self, error: redis.exceptions.RedisError) -> None:
         """A server answered with one of ``passing``; only in a cluster."""
 
     async def open(self, events: LinkEvents, timeouts: Timeouts) -> None:
@@ -103,7 +106,7 @@ class Router(ABC):
                 for server in self.servers:
                     if isinstance(server, Sentinels):
                         tasks.start_soon(self._watch, server)
-                await self._follow_changes(tasks)
+                await self._follow_changes()
         finally:
             self._tasks = None
 
@@ -113,7 +116,7 @@ class Router(ABC):
             self.running.append(link)
             self._tasks.start_soon(link.run)
 
-    async def _follow_changes(self, tasks: TaskGroup) -> None:  # noqa: ARG002 - for those who begin tasks
+    async def _follow_changes(self) -> None:
         """Do what must be done when servers change. These servers do not change."""
         await sleep_forever()
 
@@ -143,28 +146,3 @@ class Router(ABC):
         errors = [error for _, error in ended if error is not None]
         if len(errors) == len(links) or any(link.refused for link in links):
             raise errors[-1]
-
-
-class One(Router):
-    """One server, or a primary behind sentinels."""
-
-    def owner(self, name: str, key: str | bytes) -> Link:  # noqa: ARG002 - it owns them all
-        """Return the one link."""
-        return self.links[0]
-
-
-class Ring(Router):
-    """Several independent servers."""
-
-    def owner(self, name: str, key: str | bytes) -> Link:  # noqa: ARG002 - they go by the name
-        """Return the link to the server in whose range ``name`` is."""
-        # In floating point, as theirs is: that decides who has a number on the edge between two.
-        return self.links[int(crc32(name.encode()) % _RING / (_RING / len(self.links)))]
-
-
-def plain_router(hosts: Sequence[Host] | None) -> Router:
-    """Return the router for ``hosts`` that are independent of each other. Raises as ``parse_hosts``."""
-    addresses = parse_hosts(hosts)
-    if len(addresses) > _RING:
-        raise ValueError(f"hosts names {len(addresses)} Redis servers; {_RING} is the most")
-    return One(addresses) if len(addresses) == 1 else Ring(addresses)

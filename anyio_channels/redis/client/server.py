@@ -10,29 +10,17 @@ Rules:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
 import redis.exceptions
-from anyio import (
-    BrokenResourceError,
-    EndOfStream,
-    connect_tcp,
-    connect_unix,
-    create_task_group,
-    fail_after,
-    to_thread,
-)
-from anyio.abc import ByteStream, SocketStream
-from anyio.streams.tls import TLSStream
+from anyio import BrokenResourceError, EndOfStream, connect_tcp, connect_unix, create_task_group, fail_after, to_thread
+from anyio.abc import ByteStream
 
 from . import replies
 from .address import Address
 from .connection import Connection, reply_to
-from .protocol import Request
-
-__all__ = ["Server"]
+from .protocol import Parse
 
 _LIBRARY: Final = "anyio_channels"
 
@@ -43,8 +31,6 @@ class Server:
     def __init__(self, address: Address) -> None:
         """``address``: where it is, and how to log in."""
         self.address: Address = address
-        self.timeout: float | None = address.timeout
-        self.connect_timeout: float | None = address.connect_timeout
 
     @property
     def name(self) -> str:
@@ -53,36 +39,22 @@ class Server:
 
     async def connect(self) -> ByteStream:
         """Open a stream. Raises ``OSError`` (also for TLS) for what goes wrong; the caller sets a time-out."""
+        address = self.address
         try:
-            if self.address.path is not None:
-                return await connect_unix(self.address.path)
-            stream = await self._connect_tcp()
-            return stream if self.address.tls is None else await self._start_tls(stream)
-        except OSError:
-            raise  # also a refused certificate, which is a ValueError too
-        except ValueError as error:
-            raise OSError(f"its name cannot be used: {error}") from error
-        except (EndOfStream, BrokenResourceError) as error:
-            raise OSError("the server ended the TLS handshake; is it a port for TLS?") from error
-
-    async def _connect_tcp(self) -> SocketStream:
-        try:
-            return await connect_tcp(self.address.host, self.address.port)
-        except OSError as error:
+            if address.path is not None:
+                return await connect_unix(address.path)
+            if address.tls is None:
+                return await connect_tcp(address.host, address.port)
+            return await connect_tcp(address.host, address.port, ssl_context=address.tls, tls_standard_compatible=False)
+        except OSError as error:  # also a refused certificate, which is a ValueError too
             if error.__cause__ is None:
                 raise
             # "All connection attempts failed" says less than what each of them said.
             raise OSError(reasons(error.__cause__)) from error.__cause__
-
-    async def _start_tls(self, stream: SocketStream) -> TLSStream:
-        context = self.address.tls
-        try:
-            return await TLSStream.wrap(
-                stream, hostname=self.address.host, ssl_context=context, standard_compatible=False
-            )
-        except BaseException:
-            await stream.aclose()
-            raise
+        except ValueError as error:
+            raise OSError(f"its name cannot be used: {error}") from error
+        except (EndOfStream, BrokenResourceError) as error:
+            raise OSError("the server ended the TLS handshake; is it a port for TLS?") from error
 
     async def _credentials(self) -> tuple[str | None, str | None]:
         provider = self.address.credential_provider
@@ -117,16 +89,14 @@ class Server:
 
         Raises the server's refusal as an error of the ``redis`` package; ``BusyLoadingError`` while it loads its data.
         """
-        requests: list[Request] = [connection.submit(*await self._hello(), parse=replies.greeting)]
+        requests = [connection.submit(*await self._hello(), parse=replies.greeting)]
         connection.submit("CLIENT", "SETINFO", "LIB-NAME", _LIBRARY)  # Redis 7.2; refusal does not matter
         if self.address.db:
             requests.append(connection.submit("SELECT", self.address.db))
         requests.append(connection.submit("PING"))  # refused while loading, when TIME is not
-        time = Request(("TIME",), replies.seconds)
-        connection.send(time, waits=True)
-        requests.append(time)
+        requests.append(connection.submit("TIME", parse=replies.seconds, waits=True))
         with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
-            await reply_to(time)
+            await reply_to(requests[-1])
         for request in requests:
             try:
                 request.result()
@@ -136,34 +106,31 @@ class Server:
                         f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
                     ) from error
                 raise
-        greeting: replies.Greeting = requests[0].reply
-        connection.version = greeting.version
-        connection.is_primary = greeting.is_primary
-        now: float = time.reply
+        connection.version, connection.is_primary = requests[0].reply
+        now: float = requests[-1].reply
         return now
 
-    async def ask(self, *command: str, parse: Callable[[Any], Any], timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
+    async def ask(self, *command: str, parse: Parse, timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
         """Log in on a connection of its own, send ``command``, and return the reply.
 
-        Raises ``OSError``, for a time-out too, and errors of the ``redis`` package.
+        Raises an error of the ``redis`` package.
         """
-        reply: Any = None
-        trouble: redis.exceptions.RedisError | None = None
-        with fail_after(timeout):
-            stream = await self.connect()
-            connection = Connection(stream, self.name, timeout=timeout)
-            async with create_task_group() as tasks:
-                tasks.start_soon(connection.run)
-                try:
-                    await self.log_in(connection)
-                    reply = await connection.execute(*command, parse=parse)
-                except redis.exceptions.RedisError as error:
-                    trouble = error
-                finally:
+        try:
+            with fail_after(timeout):
+                hello = await self._hello()
+                connection = Connection(await self.connect(), self.name, timeout=timeout)
+                async with create_task_group() as tasks:
+                    tasks.start_soon(connection.run)
+                    login = connection.submit(*hello, parse=replies.greeting)
+                    request = connection.submit(*command, parse=parse, waits=True)
+                    with suppress(redis.exceptions.RedisError):  # told below, where no group wraps it
+                        await reply_to(request)
                     tasks.cancel_scope.cancel()
-        if trouble is not None:
-            raise trouble
-        return reply
+        except OSError as error:
+            why = str(error) or "it did not answer in time"
+            raise redis.exceptions.ConnectionError(f"{self.name} cannot be reached: {why}") from error
+        login.result()
+        return request.result()
 
 
 def reasons(cause: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -22,24 +23,20 @@ from .link import Link
 from .protocol import Request
 from .router import Router
 
-__all__ = ["Subscription", "Subscriptions"]
-
 _PAUSE: Final = 0.05
 _AT_ONCE: Final = 200
 """How many names one command has at most."""
 
 
+@dataclass(slots=True, eq=False)
 class Subscription:
     """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
 
-    __slots__ = ("asked", "confirmed", "link")
-
-    def __init__(self, link: Link) -> None:
-        """``link``: to the server that owns it."""
-        self.link: Link = link
-        self.confirmed: bool = False
-        self.asked: bool = False
-        """Whether a request that nobody waits for is on its way."""
+    link: Link
+    """To the server that owns it."""
+    confirmed: bool = False
+    asked: bool = False
+    """Whether a request that nobody waits for is on its way."""
 
 
 class Subscriptions:
@@ -109,16 +106,14 @@ class Subscriptions:
         subscription = self.wanted[name]
         if not (subscription.confirmed or subscription.asked) and subscription.link.connection is not None:
             subscription.asked = True
-            subscription.link.submit(
-                self._subscribe, name, done=partial(self._answered, name, subscription, subscription.link)
-            )
+            subscription.link.submit(self._subscribe, name, done=partial(self._answered, name, subscription))
 
-    def _answered(self, name: str, subscription: Subscription, link: Link, request: Request) -> None:
+    def _answered(self, name: str, subscription: Subscription, request: Request) -> None:
         subscription.asked = False
         if self.wanted.get(name) is not subscription:
             return
         if request.error is None:
-            subscription.confirmed = link.connection is not None
+            subscription.confirmed = subscription.link.connection is not None
             self._on_confirmed(name)
         else:
             self._fail(name, request.error)

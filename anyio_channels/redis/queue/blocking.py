@@ -21,12 +21,12 @@ import redis.exceptions
 from anyio import Event
 
 from anyio_channels.redis.client import OUTAGE, Argument, Connection, ConnectionLost, Link, LinkEvents, Request, replies
-from anyio_channels.redis.wire import Names
 
 from .channels import QueueChannel
 from .delivery import Delivery
 from .receiving import Receiving, Source
 from .scripts import POP, PoppedReply
+from .setup import Setup
 
 __all__ = ["POPS_MANY", "BlockingPop"]
 
@@ -41,41 +41,34 @@ class BlockingPop(Source, LinkEvents):
 
     def __init__(
         self,
-        commands: Link,
-        make_link: Callable[[LinkEvents], Link],
+        setup: Setup,
         receiving: Receiving,
-        *,
-        names: Names,
-        client: str,
-        expiry: float,
-        keep_alive: float,
-        least_capacity: int,
-        start: Callable[[Link], object],
-        on_gap: Callable[[], object],
         delivery: Delivery,
+        commands: Link,
+        client: str,
+        on_gap: Callable[[], object],
     ) -> None:
-        """``commands``: the link for commands to that server. ``make_link``: makes another one, which ``start`` runs.
+        """``delivery``: where messages for this process go. ``commands``: the link for commands to that server.
 
-        ``client``: this process, in the name of its wake key. ``least_capacity``: the smallest that a channel may have.
-        ``on_gap``: hears that a message may be missing. ``delivery``: where messages for this process go.
+        ``client``: this process, in the name of its wake key. ``on_gap``: hears that a message may be missing.
         """
         super().__init__()
-        self.link: Link = make_link(self)
-        self._commands = commands
+        self._names = setup.names
+        self._expiry = setup.expiry
+        self._keep_alive = setup.options.keep_alive
+        self._least_capacity = setup.least_capacity
+        self._router = setup.router
+        self.link: Link = setup.router.second_link(commands, self)
         self._receiving = receiving
-        self._names = names
-        self._wake_key = names.wake(client)
-        self._expiry = expiry
-        self._keep_alive = keep_alive
-        self._least_capacity = least_capacity
-        self._start = start
-        self._on_gap = on_gap
         self._delivery = delivery
+        self._commands = commands
+        self._wake_key = setup.names.wake(client)
+        self._on_gap = on_gap
         self._started = False
-        self.popping = False
-        self.waking = False
-        self.refused = False
-        self.pops_many = False
+        self.popping: bool = False
+        self.waking: bool = False
+        self.refused: bool = False
+        self.pops_many: bool = False
         self._popped_many = False
         self._to_drain: set[str] = set()
         self._ended: Event | None = None
@@ -158,22 +151,14 @@ class BlockingPop(Source, LinkEvents):
             return
         if not self._started:
             self._started = True
-            self._start(self.link)
+            self._router.start(self.link)
         connection = self.link.connection
         if connection is None:
             return  # it begins when the connection is up
         self.waking = False
         self._rounds += 1
         patience = self._keep_alive + self.link.timeout
-        if self.blocked:
-            self._to_drain.update(self.own)  # a busy normal channel must not keep them waiting
-        for key in self._to_drain:
-            # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
-            self.link.call_soon(
-                POP, [key, self._names.room(key)], _DRAIN, self._expiry, 0,
-                done=partial(self._drained, key), timeout=patience,
-            )  # fmt: skip
-        self._to_drain.clear()
+        self._drain(patience)
         # Redis serves the first key that has something: each should come first at times.
         turn = self._rounds % len(keys)
         keys = [self._wake_key, *keys[turn:], *keys[:turn]]
@@ -189,6 +174,18 @@ class BlockingPop(Source, LinkEvents):
             parse = replies.popped_many
         self._popped_many = parse is replies.popped_many
         connection.send(Request(command, parse, self._answered), patience)
+
+    def _drain(self, patience: float) -> None:
+        """Pop what is in the keys of this process now, if there may be something."""
+        if self.blocked:
+            self._to_drain.update(self.own)  # a busy normal channel must not keep them waiting
+        for key in self._to_drain:
+            # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
+            self.link.call_soon(
+                POP, [key, self._names.room(key)], _DRAIN, self._expiry, 0,
+                done=partial(self._drained, key), timeout=patience,
+            )  # fmt: skip
+        self._to_drain.clear()
 
     def _answered(self, request: Request) -> None:
         self.popping = False

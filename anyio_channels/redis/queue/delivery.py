@@ -16,12 +16,12 @@ from anyio_channels.contract.layer import Message
 from anyio_channels.contract.message import RESERVED_KEY, Unreadable
 from anyio_channels.local.directory import Channel, Directory
 from anyio_channels.local.waiting import Waiter
-from anyio_channels.log import CHANNEL_DROPPED, GIVE_BACK_FAILED, MESSAGE_UNREADABLE, Troubles, said
+from anyio_channels.log import CHANNEL_DROPPED, GIVE_BACK_FAILED, MESSAGE_UNREADABLE, said
 from anyio_channels.redis.duplicates import RecentPops
-from anyio_channels.redis.wire import PayloadCodec
 
 from .channels import QueueChannel
 from .scripts import PoppedReply
+from .setup import Setup
 
 __all__ = ["Delivery", "Failure", "Popped"]
 
@@ -51,13 +51,13 @@ class Failure:
 class Delivery:
     """The mailboxes of one layer, as what comes from Redis sees them."""
 
-    def __init__(self, here: Directory, codec: PayloadCodec, expiry: float, troubles: Troubles) -> None:
-        """``here``: the channels of this process. ``expiry``: seconds."""
+    def __init__(self, setup: Setup, here: Directory) -> None:
+        """``here``: the channels of this process."""
         self._here = here
         self._mailroom = here.mailroom
-        self._codec = codec
-        self._expiry = expiry
-        self._troubles = troubles
+        self._codec = setup.codec
+        self._expiry = setup.expiry
+        self._troubles = setup.troubles
         self._recent = RecentPops()
         self.unreadable: int = 0
         """How much came that was not a message."""

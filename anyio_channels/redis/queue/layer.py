@@ -29,12 +29,13 @@ from anyio_channels.local.home import Home
 from anyio_channels.log import GROUP_SEND_DROPPED, Troubles
 from anyio_channels.redis.client import ConnectionLost, Host, Link, Script, at_each
 from anyio_channels.redis.servers import OnRedis, RedisLayerStatistics, RedisOptions
-from anyio_channels.redis.wire import PayloadCodec
+from anyio_channels.redis.wire import Names, PayloadCodec
 from anyio_channels.wakeup import thread
 
 from .delivery import Popped
 from .scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING
 from .session import Session
+from .setup import Setup
 
 __all__ = ["RedisChannelLayer"]
 
@@ -111,23 +112,25 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         self._clock = require_clock(clock)
         self._troubles = Troubles(clock, self.expiry, self)
         self._router = options.router
+        self._names = Names(prefix)
         self._home = Home(self)
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._session = Session(
-            self,
-            self.options,
-            self._codec,
+        self._setup = Setup(
+            layer=self,
+            options=options,
+            names=self._names,
+            codec=self._codec,
             expiry=self.expiry,
             group_expiry=self.group_expiry,
             get_capacity=self.get_capacity,
             least_capacity=min([self.capacity, *(capacity for _, capacity in self.channel_capacity)]),
-            clock=self._clock,
+            clock=clock,
             troubles=self._troubles,
         )
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._session = Session(self._setup)
         self._here = self._session.here
-        self._names = self._session.names
         self._sent = 0
         self._missed = 0
 

@@ -19,11 +19,11 @@ from typing import Final
 import redis.exceptions
 
 from anyio_channels.local.directory import Directory
-from anyio_channels.log import MEMBERSHIP_REFUSED, Troubles, said
-from anyio_channels.redis.client import ConnectionLost, Link, Request, Router
-from anyio_channels.redis.wire import Names
+from anyio_channels.log import MEMBERSHIP_REFUSED, said
+from anyio_channels.redis.client import ConnectionLost, Link, Request
 
 from .scripts import GROUP_ADD
+from .setup import Setup
 
 __all__ = ["Memberships"]
 
@@ -34,21 +34,13 @@ _AT_ONCE: Final = 500
 class Memberships:
     """What Redis knows of the groups of this process, and what it is still to be told."""
 
-    def __init__(
-        self,
-        router: Router,
-        names: Names,
-        here: Directory,
-        group_expiry: float,
-        troubles: Troubles,
-        soon: Callable[[Callable[[], object]], object],
-    ) -> None:
+    def __init__(self, setup: Setup, here: Directory, soon: Callable[[Callable[[], object]], object]) -> None:
         """``here``: the groups of this process. ``soon``: calls a function when no lock is held."""
-        self._router = router
-        self._names = names
+        self._router = setup.router
+        self._names = setup.names
         self._here = here
-        self._group_expiry = group_expiry
-        self._troubles = troubles
+        self._group_expiry = setup.group_expiry
+        self._troubles = setup.troubles
         self._soon = soon
         self._to_leave: defaultdict[Link | None, list[tuple[str, str]]] = defaultdict(list)  # None: not looked at yet
         self._renewed_at: dict[Link, float] = {}

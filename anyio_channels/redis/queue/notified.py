@@ -15,12 +15,12 @@ from typing import Final
 from anyio import Event
 
 from anyio_channels.redis.client import OUTAGE, ConnectionLost, Request, Subscriptions
-from anyio_channels.redis.wire import Names
 
 from .channels import QueueChannel
 from .delivery import Delivery
 from .receiving import Receiving, Source
 from .scripts import PoppedReply
+from .setup import Setup
 
 __all__ = ["Notices"]
 
@@ -34,19 +34,19 @@ class Notices(Source):
 
     def __init__(
         self,
+        setup: Setup,
         receiving: Receiving,
-        subscriptions: Subscriptions,
-        names: Names,
-        pop: Callable[[str, int, Callable[[Request], object]], object],
         delivery: Delivery,
+        subscriptions: Subscriptions,
+        pop: Callable[[str, int, Callable[[Request], object]], object],
     ) -> None:
-        """``pop(key, count, done)`` pops without waiting. ``delivery``: where messages for this process go."""
+        """``delivery``: where messages for this process go. ``pop(key, count, done)`` pops without waiting."""
         super().__init__()
+        self._names = setup.names
         self._receiving = receiving
-        self._subscriptions = subscriptions
-        self._names = names
-        self._pop = pop
         self._delivery = delivery
+        self._subscriptions = subscriptions
+        self._pop = pop
         self._draining: set[str] = set()
         self._again: set[str] = set()
         self._ended: Event | None = None

@@ -14,8 +14,9 @@ from typing import Final
 
 from anyio import Event, Lock, move_on_after
 
-from anyio_channels.redis.client import Connection, Link, Router
-from anyio_channels.redis.wire import Names
+from anyio_channels.redis.client import Connection, Link
+
+from .setup import Setup
 
 __all__ = ["WaitingSenders"]
 
@@ -38,10 +39,10 @@ class _Queue:
 class WaitingSenders:
     """All who wait for room in this process."""
 
-    def __init__(self, router: Router, names: Names) -> None:
-        """``names``: of the markers."""
-        self._router = router
-        self._names = names
+    def __init__(self, setup: Setup) -> None:
+        """Start with nobody waiting."""
+        self._router = router = setup.router
+        self._names = setup.names
         self.queues: dict[str, _Queue] = {}  # by the key of the channel
         self._subscribe = "SSUBSCRIBE" if router.clustered else "SUBSCRIBE"
         self._unsubscribe = "SUNSUBSCRIBE" if router.clustered else "UNSUBSCRIBE"

@@ -24,10 +24,10 @@ from redis.crc import key_slot
 from anyio_channels.local.directory import Channel
 from anyio_channels.local.later import Later
 from anyio_channels.local.waiting import Mailroom
-from anyio_channels.log import CLOSE_UNFINISHED, SUBSCRIPTION_REFUSED, Troubles, said
+from anyio_channels.log import CLOSE_UNFINISHED, SUBSCRIPTION_REFUSED, said
 from anyio_channels.redis.client import Connection, Link, LinkEvents, Request, Subscriptions, at_each, replies
-from anyio_channels.redis.servers import RedisOptions, every, log_keep_alive
-from anyio_channels.redis.wire import Names, PayloadCodec, glob_escaped, keys_of
+from anyio_channels.redis.servers import every, log_keep_alive
+from anyio_channels.redis.wire import glob_escaped, keys_of
 
 from .blocking import BlockingPop
 from .channels import QueueChannel, QueueDirectory
@@ -37,6 +37,7 @@ from .notified import Notices
 from .receiving import Receiving, Source
 from .room import WaitingSenders
 from .scripts import CLUSTERED, GIVE_BACK, POP, TICK
+from .setup import Setup
 
 __all__ = ["Session"]
 
@@ -47,41 +48,23 @@ _AT_ONCE: Final = 1000
 class Session(LinkEvents):
     """What one layer holds and does while it is open."""
 
-    def __init__(
-        self,
-        layer: object,
-        options: RedisOptions,
-        codec: PayloadCodec,
-        *,
-        expiry: float,
-        group_expiry: float,
-        get_capacity: Callable[[str], int],
-        least_capacity: int,
-        clock: Callable[[], float],
-        troubles: Troubles,
-    ) -> None:
-        """``layer``: its ``repr`` is in the log. ``least_capacity``: the smallest that a channel may have."""
+    def __init__(self, setup: Setup) -> None:
+        """Become blank: nothing is connected yet."""
         self.client: str = secrets.token_hex(16)
         """This process, in the names of its channels."""
-        self.names: Names = Names(options.prefix)
-        self.here: QueueDirectory = QueueDirectory(Mailroom(clock), get_capacity, self.names.channel, self._leave)
-        self.delivery: Delivery = Delivery(self.here, codec, expiry, troubles)
-        self.senders: WaitingSenders = WaitingSenders(options.router, self.names)
+        self._setup = setup
+        self._router = setup.router
+        self._names = setup.names
+        mailroom = Mailroom(setup.clock)
+        self.here: QueueDirectory = QueueDirectory(mailroom, setup.get_capacity, setup.names.channel, self._leave)
         self.later: Later = Later()
-        self.memberships: Memberships = Memberships(
-            options.router, self.names, self.here, group_expiry, troubles, self.later.soon
-        )
-        self._layer = layer
-        self._options = options
-        self._router = options.router
-        self._expiry = expiry
-        self._group_expiry = group_expiry
-        self._least_capacity = least_capacity
-        self._troubles = troubles
-        self.receiving = Receiving(self, self.delivery, troubles)
+        self.delivery: Delivery = Delivery(setup, self.here)
+        self.senders: WaitingSenders = WaitingSenders(setup)
+        self.memberships: Memberships = Memberships(setup, self.here, self.later.soon)
+        self.receiving: Receiving = Receiving(self, self.delivery, setup.troubles)
         self.here.receiving = self.receiving
-        self.subscriptions = Subscriptions(options.router, self._log_forbidden, self._confirmed)
-        self.notices = Notices(self.receiving, self.subscriptions, self.names, self._pop, self.delivery)
+        self.subscriptions: Subscriptions = Subscriptions(setup.router, self._log_forbidden, self._confirmed)
+        self.notices: Notices = Notices(setup, self.receiving, self.delivery, self.subscriptions, self._pop)
         self.sources: dict[Link, Source] = {}
         self._fetches: Counter[Link] = Counter()
 
@@ -89,21 +72,21 @@ class Session(LinkEvents):
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Connect, say so, and serve until cancelled. Raises as ``RedisOptions.run``."""
-        await self._options.run(self, self._serve, task_status=task_status)
+        await self._setup.options.run(self, self._serve, task_status=task_status)
 
     async def _serve(self) -> None:
         async with create_task_group() as tasks:
             tasks.start_soon(self.later.run)
-            tasks.start_soon(every, min(self._options.keep_alive, self._group_expiry / 3), self._tick)
+            tasks.start_soon(every, min(self._setup.options.keep_alive, self._setup.group_expiry / 3), self._tick)
 
     def _tick(self) -> None:
         """Keep connections alive and memberships fresh, and drop what has expired."""
         self.here.sweep(float("inf"))
-        self._troubles.look()
+        self._setup.troubles.look()
         for link in tuple(self._router.links):
             if link.connection is not None:
                 before = time.monotonic()
-                key = self._router.key_at(link, self.names.mark)
+                key = self._router.key_at(link, self._names.mark)
                 if key is None:
                     link.submit("TIME", parse=_time_alone, done=partial(self._ticked, link, before))
                 else:
@@ -111,7 +94,7 @@ class Session(LinkEvents):
 
     def _ticked(self, link: Link, before: float, request: Request) -> None:
         if request.error is not None:
-            log_keep_alive(self._layer, link, request)
+            log_keep_alive(self._setup.layer, link, request)
             return
         is_marked, now = request.reply
         link.set_clock(now, before)
@@ -120,7 +103,7 @@ class Session(LinkEvents):
 
     @property
     def _mark_life(self) -> float:
-        return 2 * max(self._group_expiry, self._expiry)
+        return 2 * max(self._setup.group_expiry, self._setup.expiry)
 
     def begin_closing(self) -> None:
         """End all waits of readers and senders; what was popped for them is given back by ``wind_up``."""
@@ -132,7 +115,7 @@ class Session(LinkEvents):
     async def wind_up(self) -> None:
         """Give back and leave, at each server that is there, for at most ``timeout`` seconds."""
         self.memberships.leave_now()
-        with move_on_after(self._options.timeout):
+        with move_on_after(self._setup.options.timeout):
             await at_each(self._take_leave, self._router.links)
 
     async def _take_leave(self, link: Link) -> None:
@@ -158,27 +141,18 @@ class Session(LinkEvents):
                     link.submit("UNLINK", key)
                 await link.execute("PING")
         except redis.exceptions.RedisError as error:
-            CLOSE_UNFINISHED.write(layer=repr(self._layer), server=link.name, error=said(error))
+            CLOSE_UNFINISHED.write(layer=repr(self._setup.layer), server=link.name, error=said(error))
 
     # What the client tells
 
     def on_new(self, link: Link) -> None:
         """Use a server."""
-        self.sources[link] = self.notices if self._router.clustered else self._make_pop(link)
-
-    def _make_pop(self, link: Link) -> BlockingPop:
-        return BlockingPop(
-            link,
-            partial(self._router.second_link, link),
-            self.receiving,
-            names=self.names,
-            client=self.client,
-            expiry=self._expiry,
-            keep_alive=self._options.keep_alive,
-            least_capacity=self._least_capacity,
-            start=self._router.start,
-            on_gap=partial(self._mark_outage, link),
-            delivery=self.delivery,
+        self.sources[link] = (
+            self.notices
+            if self._router.clustered
+            else BlockingPop(
+                self._setup, self.receiving, self.delivery, link, self.client, partial(self._mark_outage, link)
+            )
         )
 
     async def restore(self, link: Link, connection: Connection) -> None:
@@ -190,7 +164,7 @@ class Session(LinkEvents):
         """A connection for commands is up: say what this process holds, and what it owes."""
         if link.connects > 1:
             self._mark_outage(link)
-        key = self._router.key_at(link, self.names.mark)
+        key = self._router.key_at(link, self._names.mark)
         if key is not None:
             link.call_soon(TICK, [key], self._mark_life, done=self.memberships.log_refusal)
         self.memberships.up(link)
@@ -210,7 +184,7 @@ class Session(LinkEvents):
         kind = push[0] if push else None
         if kind in (b"message", b"smessage"):
             name = push[1].decode("utf-8", "replace")
-            if (key := self.names.key_of_room(name)) is not None:
+            if (key := self._names.key_of_room(name)) is not None:
                 self.senders.heard(key)
             else:
                 self._confirmed(name)
@@ -227,11 +201,11 @@ class Session(LinkEvents):
 
     def _confirmed(self, name: str) -> None:
         """Redis confirmed that this process listens to a note, or sent one: what was sent before is fetched."""
-        if (key := self.names.key_of_sent(name)) is not None:
+        if (key := self._names.key_of_sent(name)) is not None:
             self.notices.heard(key)
 
     def _log_forbidden(self, name: str, error: Exception) -> None:
-        self._troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
+        self._setup.troubles.note(SUBSCRIPTION_REFUSED, name, error=said(error))
 
     def _mark_outage(self, link: Link) -> None:
         """What the server of ``link`` owns may have missed something."""
@@ -239,13 +213,13 @@ class Session(LinkEvents):
 
     def _keys_of(self, channel: Channel) -> list[str]:
         """Return the keys that what ``channel`` receives comes from."""
-        return [self.names.channel(channel.name), *(self.names.group(group.name) for group in channel.groups or ())]
+        return [self._names.channel(channel.name), *(self._names.group(group.name) for group in channel.groups or ())]
 
     # What the receiving machine asks for
 
     def link_of(self, key: str) -> Link:
         """Return the link to the server that owns ``key``, of a channel or a group."""
-        return self._router.owner(self.names.routed_by(key), key)
+        return self._router.owner(self._names.routed_by(key), key)
 
     def can_ask(self, channel: QueueChannel) -> bool:
         """Whether the server of ``channel`` is there now."""
@@ -272,9 +246,9 @@ class Session(LinkEvents):
     def _pop(self, key: str, count: int, done: Callable[[Request], object], *, tell: bool = False) -> None:
         link = self.link_of(key)
         if self._router.clustered:
-            link.call_soon(CLUSTERED[POP], [key], count, self._expiry, self.names.room(key), done=done)
+            link.call_soon(CLUSTERED[POP], [key], count, self._setup.expiry, self._names.room(key), done=done)
         else:
-            link.call_soon(POP, [key, self.names.room(key)], count, self._expiry, int(tell), done=done)
+            link.call_soon(POP, [key, self._names.room(key)], count, self._setup.expiry, int(tell), done=done)
 
     def give_back(self, channel: QueueChannel, items: Sequence[Popped]) -> None:
         """Put ``items`` back to where they were."""
@@ -286,7 +260,7 @@ class Session(LinkEvents):
             self.receiving.gave_back(channel, items, link.server_time, request.error)
 
         # Whole: were it refused because Redis does not know it, the next pop would overtake it.
-        link.submit("EVAL", GIVE_BACK.text, 1, channel.key, self._expiry, *parts, done=done)
+        link.submit("EVAL", GIVE_BACK.text, 1, channel.key, self._setup.expiry, *parts, done=done)
 
     def soon(self, act: Callable[[], object]) -> None:
         """Call ``act`` when no lock is held."""
@@ -303,15 +277,15 @@ class Session(LinkEvents):
 
     def own(self, name: str) -> None:
         """See that what is sent to the process of ``name``, a process-specific channel, comes here."""
-        key = self.names.channel(name)
+        key = self._names.channel(name)
         source = self.sources[self.link_of(key)]
         if key not in source.own:
-            source.own[key] = self.names.routed_by(key)
+            source.own[key] = self._names.routed_by(key)
             source.wait_for_own(key)
 
     def owns(self, name: str) -> bool:
         """Whether what is sent to the process of ``name`` comes here."""
-        key = self.names.channel(name)
+        key = self._names.channel(name)
         return "!" in name and key in self.sources[self.link_of(key)].own
 
     async def flush_server(self, link: Link) -> None:
@@ -319,15 +293,15 @@ class Session(LinkEvents):
         found: set[bytes] = set()
         cursor = 0
         while True:
-            scan = ("SCAN", cursor, "MATCH", glob_escaped(self.names.prefix) + "*", "COUNT", _AT_ONCE)
+            scan = ("SCAN", cursor, "MATCH", glob_escaped(self._names.prefix) + "*", "COUNT", _AT_ONCE)
             cursor, keys = await link.execute(*scan, parse=replies.scanned)
             found.update(keys)
             if cursor == 0:
                 break
-        for key in keys_of(self.names.prefix.encode(), found):
+        for key in keys_of(self._names.prefix.encode(), found):
             link.submit("UNLINK", key)
         await link.execute("PING")
-        with move_on_after(self._options.timeout):
+        with move_on_after(self._setup.options.timeout):
             await self.sources[link].until_ended()
 
 
