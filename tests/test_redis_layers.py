@@ -454,7 +454,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
             await until(lambda: not client.pubsub_numsub(gone)[0][1])
             assert client.pubsub_numsub(read)[0][1] == client.pubsub_numsub(inbox.channel)[0][1] == 1
             assert await layer.group_channels("room") == set()
-            with pytest.raises(RuntimeError, match="takes channels of this process, and .* is none"):
+            with pytest.raises(RuntimeError, match="takes only channels of this process here, and .* is not one"):
                 await layer.group_add("room", gone)
 
 
