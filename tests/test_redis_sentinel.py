@@ -200,7 +200,7 @@ async def test_a_sentinel_that_lags_behind() -> None:
     told = Event()
 
     class Lagging:
-        async def ask(self, *question: Any, **options: Any) -> tuple[str, int]:
+        async def ask(self, *_: Any, **__: Any) -> tuple[str, int]:
             told.set()
             return old
 
