@@ -456,7 +456,9 @@ def test_a_reply_that_is_parsed() -> None:
     assert request.result() == 12.0
 
 
-@pytest.mark.parametrize(("wire", "number"), [(b":12\r\n", 12), (b"+12\r\n", None), (b"#t\r\n", None), (b",1.5\r\n", None)])
+@pytest.mark.parametrize(
+    ("wire", "number"), [(b":12\r\n", 12), (b"+12\r\n", None), (b"#t\r\n", None), (b",1.5\r\n", None)]
+)
 def test_a_reply_that_must_be_an_integer(wire: bytes, number: int | None) -> None:
     """``int`` as a parser converts nothing: what is not an integer is a wrong reply."""
     request = Request(("ZCARD", "k"), parse=int)

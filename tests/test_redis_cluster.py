@@ -586,6 +586,8 @@ async def test_what_is_heard_while_a_message_is_fetched(quiet_cluster: RedisClus
         session(layer).notices.heard(source.key)
         await until(lambda: session(layer).notices.blocked)
         session(layer).notices.heard("unknown")
+        session(layer).notices.try_again()  # looks at what is waited for
+        await until(lambda: session(layer).notices.blocked)
         session(layer).notices.heard(next(iter(session(layer).notices.own), source.key))
         await layer.send("work", {"n": 1})
         await until(lambda: got == [{"n": 1}])

@@ -28,6 +28,7 @@ from layers_on_redis import (
     popper,
     session,
     settle_queue,
+    transport,
 )
 from ormsgpack import packb
 from redis_server import RedisServer
@@ -389,6 +390,17 @@ async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> Non
         assert not session(one).senders.queues
         with redis_server.client() as client:
             await until(lambda: not client.pubsub_channels(f"{prefix}*"))
+
+
+@asynchronous
+async def test_a_channel_called_as_a_group_is(redis_server: RedisServer) -> None:
+    """A channel and a group may have the same name in Redis: giving one up does not make the other deaf."""
+    async with make(PUBSUB, redis_server) as layer, layer.subscribe("room") as inbox:
+        name = Names(layer.prefix).group_topic("room")
+        await transport(layer).subscribe(name)
+        transport(layer).unsubscribe(name)
+        await layer.group_send("room", {"n": 1})
+        assert await inbox.receive() == {"n": 1}
 
 
 @asynchronous

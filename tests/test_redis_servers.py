@@ -28,6 +28,7 @@ from layers_on_redis import (
     new_prefix,
     pass_on_both,
     port_of,
+    session,
     until,
 )
 from redis_server import RedisServer, free_port
@@ -259,3 +260,20 @@ async def test_senders_who_wait_on_two_servers(pair: list[RedisServer]) -> None:
                 tg.start_soon(partial(layer.send, channel, {"n": 1}, wait=True))
                 with fail_after(PATIENCE):
                     assert [await layer.receive(channel), await layer.receive(channel)] == [{"n": 0}, {"n": 1}]
+
+
+@pytest.mark.anyio
+async def test_whoever_waits_for_room_hears_of_it_after_a_reconnect(own_pair: list[RedisServer]) -> None:
+    """A sender that waits at a server whose connection is made anew is told of room there; one elsewhere waits on."""
+    layer = make(QUEUE, own_pair, capacity=1)
+    async with layer, create_task_group() as tg:
+        names = [names_on(layer, server, 1)[0] for server in own_pair]
+        for name in names:
+            await layer.send(name, {"n": 0})
+            tg.start_soon(lambda name=name: layer.send(name, {"n": 1}, wait=True))
+        await until(lambda: len(session(layer).senders.queues) == 2)
+        link_to_channel(layer, names[0]).reconnect("the test said so")
+        await until(lambda: layer.statistics().reconnects == 1)
+        for name in names:
+            with fail_after(PATIENCE):
+                assert [await layer.receive(name), await layer.receive(name)] == [{"n": 0}, {"n": 1}]

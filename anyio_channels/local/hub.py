@@ -235,7 +235,7 @@ class Hub(BaseChannelLayer):
 
     # Receiving
 
-    async def receive(self, channel: str) -> Message:  # noqa: C901 - the hottest path, in one piece
+    async def receive(self, channel: str) -> Message:  # noqa: C901, PLR0912 - the hottest path, in one piece
         """Wait for the next message on ``channel``, as ``BaseChannelLayer.receive`` says.
 
         Goes on waiting while the transport is away. Raises the transport's error for a channel that cannot be had.

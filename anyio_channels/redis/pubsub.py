@@ -99,11 +99,9 @@ class PubSub(Transport, LinkEvents):
     def unsubscribe(self, topic: str) -> None:
         """Unsubscribe, if no other topic goes through the same Redis channel."""
         name = self._name(topic)
-        topics = self._topics.get(name, [])
-        if topic in topics:
-            topics.remove(topic)
+        self._topics[name] = topics = [one for one in self._topics.get(name, ()) if one != topic]
         if not topics:
-            self._topics.pop(name, None)
+            del self._topics[name]
             self.subscriptions.unwant(name)
 
     async def catch_up(self) -> None:
