@@ -270,7 +270,7 @@ async def test_whoever_waits_for_room_hears_of_it_after_a_reconnect(own_pair: li
         names = [names_on(layer, server, 1)[0] for server in own_pair]
         for name in names:
             await layer.send(name, {"n": 0})
-            tg.start_soon(lambda name=name: layer.send(name, {"n": 1}, wait=True))
+            tg.start_soon(partial(layer.send, name, {"n": 1}, wait=True))
         await until(lambda: len(session(layer).senders.queues) == 2)
         link_to_channel(layer, names[0]).reconnect("the test said so")
         await until(lambda: layer.statistics().reconnects == 1)
