@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -201,7 +201,8 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         key = self._names.channel(channel)
         entry = self._codec.seal(body)
         if wait:
-            await self._session.senders.send(key, lambda link: self._send_or_wait(link, key, entry, capacity))
+            attempt = partial(self._send_or_wait, key=key, entry=entry, capacity=capacity)
+            await self._told(self._session.senders.send(key, attempt))
         elif not await self._send_now(key, entry, capacity):
             raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
