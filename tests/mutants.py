@@ -409,8 +409,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/pubsub.py",
-        "        if not topics:\n            self._topics.pop(name, None)",
-        "        if True:\n            self._topics.pop(name, None)",
+        "        if not topics:\n            del self._topics[name]",
+        "        if True:\n            del self._topics[name]",
         "a Redis channel that a channel and a group share is subscribed to as long as either is wanted",
         f"{_LAYERS} -k 'pubsub or called'",
     ),

@@ -89,8 +89,7 @@ class Router:
         """Use the server of ``link``, a new one."""
         self.links.append(link)
         self._events.on_new(link)
-        if self._tasks is not None:
-            self.start(link)
+        self.start(link)
 
     def second_link(self, link: Link, events: LinkEvents) -> Link:
         """Return another link to the server of ``link``, not running: for commands that block there."""
@@ -111,7 +110,7 @@ class Router:
             self._tasks = None
 
     def start(self, link: Link) -> None:
-        """Have ``link`` run as long as ``run()``, unless it does."""
+        """Have ``link`` run as long as ``run()`` does; before ``run()``, which starts all, this does nothing."""
         if link not in self.running and self._tasks is not None:
             self.running.append(link)
             self._tasks.start_soon(link.run)
