@@ -27,9 +27,6 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
-# How these tests are run is not how the pytest that some of them start is to be run.
-os.environ.pop("PYTEST_ADDOPTS", None)
-
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {"use_uvloop": False}),
     "uvloop": ("asyncio", {"use_uvloop": True}),
@@ -165,6 +162,12 @@ def sentinels(spare_sentinels: Spares[Sentinels]) -> Iterator[Sentinels]:
     """A primary behind Sentinel of the test's own, to be damaged."""
     with spare_sentinels.lend() as sentinels:
         yield sentinels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_options() -> None:
+    """How these tests are run is not how the pytest that some of them start is to be run."""
+    os.environ.pop("PYTEST_ADDOPTS", None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -280,3 +280,13 @@ async def pass_on_both(one: Any, other: Any, kind: Kind, connections: int) -> No
         assert one.statistics().connections == connections
         await other.flush()
         tg.cancel_scope.cancel()
+
+
+async def until_answered(layer: LayerOnRedis) -> None:
+    """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
+    connections = [link.connection for link in layer.options.router.links]
+    with fail_after(PATIENCE):
+        await anyio.wait_all_tasks_blocked()
+        while any(one is not None and one.pending for one in connections):
+            await anyio.sleep(0.002)
+            await anyio.wait_all_tasks_blocked()

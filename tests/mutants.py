@@ -204,8 +204,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "local/hub.py",
-        "            except BaseException:\n                with self._mailroom:\n                    if not channel.closed:",
-        "            except Exception:\n                with self._mailroom:\n                    if not channel.closed:",
+        "            except BaseException:\n                self._here.drop(channel)",
+        "            except Exception:\n                self._here.drop(channel)",
         "new_channel(), if cancelled, leaves no channel",
         f"{_FAULTS} -k 'making or away'",
     ),
@@ -501,8 +501,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/memberships.py",
-        "        if isinstance(request.error, ConnectionLost):\n            self._to_leave[link].append((group, channel))",
-        "        if False:\n            self._to_leave[link].append((group, channel))",
+        "        if isinstance(request.error, ConnectionLost):\n            self.leave_soon(",
+        "        if False:\n            self.leave_soon(",
         "leaving a group is told again when the connection was lost with it",
         f"{_FAULTS} -k 'leaving or while_away'",
     ),
@@ -557,8 +557,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/scripts.py",
-        "if #redis.call('ZPOPMIN', KEYS[2]) > 0 or ARGV[3] == '1' then",
-        "if #redis.call('ZPOPMIN', KEYS[2]) > 0 then",
+        "if waiting or ARGV[3] == '1' then",
+        "if waiting then",
         "a sender whose marker the blocking pop took is told of the room",
         f"{_LAYERS} -k room",
     ),

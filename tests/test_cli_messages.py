@@ -236,7 +236,7 @@ def test_interrupted_while_it_waits(backend: str, redis_server: RedisServer) -> 
             given.write('{"n": 1}\n')
             given.flush()
             with redis_server.client() as client:
-                wait_until(lambda: client.keys(f"{prefix}:room:*"))
+                wait_until(lambda: client.keys(f"{prefix}:waiting:*"))
             code, _, errors = script.end()
             assert code == 130
             assert errors == "0 messages sent before that; line 1 of standard input may have been sent too\n"

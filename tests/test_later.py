@@ -33,14 +33,38 @@ async def test_soon_is_once() -> None:
 
 async def test_each_pause_is_its_own() -> None:
     """A short pause does not wait for a long one; without anybody to call it, nothing is called."""
+    never = anyio.Event()
     called = anyio.Event()
     later = Later()
     later.after(0.001, called.set)
     async with create_task_group() as tasks:
         tasks.start_soon(later.run)
         await anyio.wait_all_tasks_blocked()
-        later.after(3600, called.set)
+        later.after(3600, never.set)
         assert not called.is_set()
         later.after(0.001, called.set)  # a real pause, of the shortest kind
         await called.wait()
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_function_has_one_pause() -> None:
+    """However many ask for a call after a pause, there is one; when it has been made, another can be asked for."""
+    calls: list[str] = []
+    called = anyio.Event()
+    later = Later()
+
+    def act() -> None:
+        calls.append("act")
+        called.set()
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(later.run)
+        await anyio.wait_all_tasks_blocked()
+        for _ in range(2):
+            called = anyio.Event()
+            for _ in range(100):
+                later.after(0.001, act)
+            await called.wait()
+            await anyio.wait_all_tasks_blocked()
+        assert calls == ["act", "act"]
         tasks.cancel_scope.cancel()

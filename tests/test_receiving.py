@@ -367,6 +367,22 @@ def test_whoever_waits_for_room_is_told(played: PlayedRedis) -> None:
     assert number(reader.got.entry) == sent
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_whoever_waits_for_room_is_told_by_the_next_fetch(played: PlayedRedis, stays: bool) -> None:
+    """The marker is gone from Redis: if the fetch that was to tell fails, the next does, for nobody if nobody reads."""
+    reader = Reader(played.channel("left.a"))
+    played.answer("left")
+    played.receiving.senders_wait(played.sources["left"], "left.a")
+    played.answer("left", LOST)
+    played.told.clear()
+    if not stays:
+        reader.cancel()
+    played.put("left.a")
+    played.pop("left.a")
+    assert played.told == ["left.a"]
+    played.settle([reader] if stays else [])
+
+
 def test_one_server_that_refuses_delays_nothing_at_another(played: PlayedRedis) -> None:
     """What is to be given back at one server is, while another one refuses, or is away."""
     left, right = played.put("left.a"), played.put("right.a")

@@ -31,6 +31,7 @@ from layers_on_redis import (
     session,
     subscriptions,
     transport,
+    until_answered,
 )
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
@@ -55,17 +56,6 @@ async def until(condition: Callable[[], object]) -> None:
     with fail_after(PATIENCE):
         while not condition():
             await anyio.sleep(0.002)
-
-
-async def until_answered(layer: LayerOnRedis) -> None:
-    """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connection = layer.options.router.links[0].connection
-    assert connection is not None
-    with fail_after(PATIENCE):
-        await anyio.wait_all_tasks_blocked()
-        while connection.pending:
-            await anyio.sleep(0.002)
-            await anyio.wait_all_tasks_blocked()
 
 
 async def until_sent(layer: LayerOnRedis) -> None:
@@ -1014,6 +1004,26 @@ async def test_closed_in_the_middle_of_a_call(kind: Kind, server: RedisServer) -
         server.resume()
 
 
+@both
+async def test_a_reader_during_an_outage_hears_of_closing_at_once(kind: Kind, server: RedisServer) -> None:
+    """A reader that began while Redis was away waits for nothing when the layer is closed."""
+    async with make(kind, server.url, timeout=86400) as layer, create_task_group() as tg:
+        await to_thread.run_sync(server.kill)
+        await until(lambda: not layer.statistics().connections)
+        ended: list[str] = []
+
+        async def read() -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await layer.receive("a")
+            ended.append("a")
+
+        tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        with fail_after(PATIENCE):
+            await layer.close()
+    assert ended == ["a"]
+
+
 async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that waits for room goes on waiting through a reconnect that is quick enough.
 
@@ -1025,10 +1035,10 @@ async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeyp
         await layer.send("a", {"n": 0})
         tg.start_soon(lambda: layer.send("a", {"n": 1}, wait=True))
         with server.client() as client:
-            await until(lambda: client.pubsub_channels("*:room:*"))
+            await until(lambda: client.pubsub_channels("*:waiting:*"))
             await until_answered(layer)
             client.client_kill_filter(_type="pubsub")
-            await until(lambda: layer.statistics().reconnects and client.pubsub_channels("*:room:*"))
+            await until(lambda: layer.statistics().reconnects and client.pubsub_channels("*:waiting:*"))
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 0}, {"n": 1}]
 
 

@@ -122,18 +122,43 @@ async def test_cancelled_while_opening(kind: Kind, redis_server: RedisServer) ->
             await until(lambda: not [one for one in client.client_list() if one["name"] == name])
 
 
+@asynchronous
+@both
+async def test_joined_again_after_a_join_that_was_cancelled(kind: Kind, redis_server: RedisServer) -> None:
+    """What a cancelled join leaves behind is put in order before the next join, and does not end its membership."""
+    async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
+        for checkpoints in range(12):
+            async with create_task_group() as tg:
+                tg.start_soon(inbox.join, "room")
+                for _ in range(checkpoints):
+                    await anyio.lowlevel.checkpoint()
+                tg.cancel_scope.cancel()
+            await inbox.join("room")
+            await layer.group_send("room", {"n": checkpoints})
+            with anyio.fail_after(20):
+                assert await inbox.receive() == {"n": checkpoints}
+            await inbox.leave("room")
+
+
 @both
 def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """A layer used from another event loop than the one that opened it says so at once."""
 
-    async def use(layer: Any) -> None:
-        with pytest.raises(RuntimeError, match="was opened in another event loop"):
-            await layer.send("a", {})
+    async def use(layer: Any, channel: str) -> None:
+        calls: list[Callable[[], Any]] = [
+            lambda: layer.send("a", {}),
+            lambda: layer.receive("a"),
+            lambda: layer.receive(channel),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="was opened in another event loop"):
+                await call()
 
     async def main() -> None:
         async with make(kind, redis_server) as layer:
-            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="trio"))
-            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="asyncio"))
+            channel = await layer.new_channel()
+            await to_thread.run_sync(lambda: anyio.run(use, layer, channel, backend="trio"))
+            await to_thread.run_sync(lambda: anyio.run(use, layer, channel, backend="asyncio"))
             await layer.send("a", {})
 
     anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])

@@ -28,12 +28,13 @@ from layers_on_redis import (
     new_prefix,
     pass_on_both,
     port_of,
-    session,
     until,
+    until_answered,
 )
 from redis_server import RedisServer, free_port
 
 from anyio_channels import MessagesLost
+from anyio_channels.redis.queue import room
 from anyio_channels.testing import Check, contract_machine
 
 pytestmark = pytest.mark.two_loops
@@ -263,15 +264,21 @@ async def test_senders_who_wait_on_two_servers(pair: list[RedisServer]) -> None:
 
 
 @pytest.mark.anyio
-async def test_whoever_waits_for_room_hears_of_it_after_a_reconnect(own_pair: list[RedisServer]) -> None:
+async def test_whoever_waits_for_room_hears_of_it_after_a_reconnect(
+    own_pair: list[RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sender that waits at a server whose connection is made anew is told of room there; one elsewhere waits on."""
+    monkeypatch.setattr(room, "_RECHECK", 60.0)  # a look that is on its way when the connection ends is told of it
     layer = make(QUEUE, own_pair, capacity=1)
     async with layer, create_task_group() as tg:
         names = [names_on(layer, server, 1)[0] for server in own_pair]
         for name in names:
             await layer.send(name, {"n": 0})
             tg.start_soon(partial(layer.send, name, {"n": 1}, wait=True))
-        await until(lambda: len(session(layer).senders.queues) == 2)
+        for server in own_pair:
+            with server.client() as client:
+                await until(lambda client=client: client.pubsub_channels("*:waiting:*"))  # type: ignore[misc]
+        await until_answered(layer)
         link_to_channel(layer, names[0]).reconnect("the test said so")
         await until(lambda: layer.statistics().reconnects == 1)
         for name in names:

@@ -185,8 +185,8 @@ class Storm:
 
     def check_keys(self, client: redis.Redis) -> None:
         """Of the keys only those are left that say of a prefix that it is in use, and of a channel that it was full."""
-        expected = {"storm.:prefix", *(f"storm.:room:{{storm.{channel}}}" for channel in NORMAL)}
-        expected |= {f"storm.:room:{{storm.{name.partition('!')[0]}!}}" for name in self.inboxes}
+        expected = {"storm.:prefix", *(f"storm.:waiting:{{storm.{channel}}}" for channel in NORMAL)}
+        expected |= {f"storm.:waiting:{{storm.{name.partition('!')[0]}!}}" for name in self.inboxes}
         assert set(client.keys()) <= (expected if self.plans[0].kind == "queue" else set())
 
     # The books

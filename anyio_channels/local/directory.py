@@ -230,10 +230,20 @@ class Directory:
                 groups = [group.name for group in inbox.groups or ()]
                 inbox.leave_all()
                 inbox.close(rung)
-                self.inboxes -= 1
+                self.inboxes -= inbox.owned  # not so if the layer was closed meanwhile, and opened again
                 self.forget(inbox)
         self.mailroom.wake(rung)
         return groups
+
+    def drop(self, channel: Channel) -> None:
+        """End ``channel``, with all that is in it, unless a reader or an inbox has it. Takes the lock itself."""
+        rung: list[Waiter] = []
+        with self.mailroom:
+            if not (channel.closed or channel.owned or channel.demand):
+                channel.clear(rung)
+                channel.leave_all()
+                self.forget(channel)
+        self.mailroom.wake(rung)
 
     def forget(self, channel: Channel) -> None:
         """Take ``channel`` off the list."""

@@ -242,7 +242,7 @@ class Hub(BaseChannelLayer):
         """
         while True:
             source = self._here.channels.get(channel) if channel.__class__ is str else None
-            if source is None:
+            if source is None or (self.transport is not None and get_ident() != self._home.thread):
                 if self.transport is not None:
                     await self._check_in(0)  # before there is a channel to subscribe to
                 source = self._find(channel)
@@ -292,9 +292,7 @@ class Hub(BaseChannelLayer):
         except transport.outage:
             return  # its messages come when the transport does
         except Exception:
-            with self._mailroom:
-                if not (channel.closed or channel.owned or channel.demand):
-                    self._here.forget(channel)
+            self._here.drop(channel)
             self._deliveries.forget_ended()
             raise
         channel.attended = True
@@ -328,10 +326,7 @@ class Hub(BaseChannelLayer):
             try:
                 await self._subscribe(self.transport, name)
             except BaseException:
-                with self._mailroom:
-                    if not channel.closed:
-                        channel.leave_all()
-                        self._here.forget(channel)
+                self._here.drop(channel)
                 self._deliveries.forget_ended()
                 raise
             channel.attended = True

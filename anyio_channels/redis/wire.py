@@ -4,7 +4,7 @@ Rules:
 - a *body* is an encoded message (``contract.message``); a *payload* is what Redis sees of it: encrypted if there are keys,
   behind random bytes if it goes into a sorted set, where equal entries would be one.
 - queue layer: the key of a channel is ``prefix`` and its non-local name, of a group ``prefix:group:NAME``. What only we
-  keep has names that channels_redis does not use: ``prefix:prefix``, ``:wake:``, ``:room:{KEY}``, ``:sent:{KEY}``; those
+  keep has names that channels_redis does not use: ``prefix:prefix``, ``:wake:``, ``:waiting:{KEY}``, ``:sent:{KEY}``; those
   with braces share the slot of KEY in a cluster.
 - pub/sub layer: the Redis channel of a channel is its name, of a group ``prefix__group__NAME``.
 - a prefix shows itself by the keys that name a group, mark the prefix as used, or live for moments; never by the key of a
@@ -46,7 +46,7 @@ class Names:
         """``prefix``: of all keys."""
         self.prefix: str = prefix
         self._group = f"{prefix}:group:"
-        self._room = f"{prefix}:room:{{"
+        self._room = f"{prefix}:waiting:{{"
         self._sent = f"{prefix}:sent:{{"
         self.mark: str = f"{prefix}:prefix"
         """The key that marks the prefix as used, so that flushing a shorter prefix spares its keys."""
@@ -175,11 +175,11 @@ def _make_crypter(keys: Sequence[str | bytes] | None) -> _Crypter | None:
 
 # What lies under a prefix: on what SCAN and PUBSUB CHANNELS return
 
-_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|room:|wake:|sent:|prefix(?:$|:\{))")
+_OTHER_PREFIX: Final = re.compile(rb"([^:].*?):(?:group:|waiting:|wake:|sent:|prefix(?:$|:\{))")
 _SHOWN: Final = re.compile(rb"(.+?):(?:group:|prefix(?:$|:\{))")
 _GROUP: Final = re.compile(rb"(.+?)__group__(.+)")
 _OURS: Final = re.compile(
-    rb"[\w.-]+(?:!)?|:group:[\w.-]+|:prefix(?:|:\{\d+\})|:(?:wake|room|sent):.*", re.ASCII | re.DOTALL
+    rb"[\w.-]+(?:!)?|:group:[\w.-]+|:prefix(?:|:\{\d+\})|:(?:wake|waiting|sent):.*", re.ASCII | re.DOTALL
 )
 
 

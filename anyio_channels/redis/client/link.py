@@ -134,6 +134,7 @@ class Link:
         self._news = Event()
         self._hurry = Event()
         self._past_commands = 0
+        self._over = False  # run() has ended
         self._troubles = Troubles(time.monotonic, _QUIET)
         self._is_told = False  # that it is down
         self._known: set[str] = set()  # digests of the scripts that the connection carried whole
@@ -154,11 +155,13 @@ class Link:
         return self._past_commands + (0 if self.connection is None else self.connection.commands)
 
     async def run(self) -> None:
-        """Keep the connection up until cancelled or retired."""
+        """Keep the connection up until cancelled or retired. Calls that wait for it then get ``ConnectionLost``."""
         try:
             with self._scope:
                 await self._run()
         finally:
+            self._over = True
+            self._tell()
             self._troubles.close()
 
     def retire(self) -> None:
@@ -230,6 +233,8 @@ class Link:
         while self.connection is None:
             if self.retired:
                 raise LinkRetired(f"{self.name} is not used any more", may_have_run=False)
+            if self._over:
+                raise ConnectionLost(f"{self.name}: the layer was closed", may_have_run=False)
             await self._news.wait()
         return self.connection
 

@@ -31,7 +31,7 @@ class State(Enum):
 class QueueChannel(Channel):
     """A channel of this process, and how its messages come."""
 
-    __slots__ = ("announced", "key", "normal", "state")
+    __slots__ = ("announced", "key", "normal", "senders_wait", "state")
 
     directory: QueueDirectory
 
@@ -43,6 +43,8 @@ class QueueChannel(Channel):
         self.state: State = State.IDLE
         self.announced: bool = False
         """Whether its source announced something while it was fetching."""
+        self.senders_wait: bool = False
+        """Whether somebody waits for room whom only the next fetch will tell: their marker was taken from Redis."""
 
     @property
     def idle(self) -> bool:

@@ -414,7 +414,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         for raw in await self._call(self._session.memberships.owner(group), GROUP_MEMBERS, [key], self.group_expiry):
             name = _member_name(raw)
             if name is None:
-                self._session.delivery.drop_unreadable(key, f"{raw!r} is no channel name")
+                self._session.delivery.drop_unreadable(key, f"{raw!r} is not a channel name")
             else:
                 names.append(name)
         return names

@@ -51,6 +51,7 @@ class Memberships:
 
     async def add(self, group: str, channel: str) -> None:
         """Make ``channel`` a member, for ``group_expiry`` seconds. If cancelled, it is a member or is not."""
+        self.leave_now()  # what ended before must not end this one
         await self.owner(group).call(GROUP_ADD, [self._names.group(group)], self._group_expiry, channel)
 
     async def discard(self, group: str, channel: str) -> None:
@@ -73,11 +74,11 @@ class Memberships:
         if link.connection is None:
             self._to_leave[link].append((group, channel))
         else:
-            link.submit("ZREM", self._names.group(group), channel, done=partial(self._left, link, group, channel))
+            link.submit("ZREM", self._names.group(group), channel, done=partial(self._left, group, channel))
 
-    def _left(self, link: Link, group: str, channel: str, request: Request) -> None:
+    def _left(self, group: str, channel: str, request: Request) -> None:
         if isinstance(request.error, ConnectionLost):
-            self._to_leave[link].append((group, channel))
+            self.leave_soon([(group, channel)])  # by then its group may be elsewhere
 
     def servers_changed(self) -> None:
         """Groups may have other owners: what waits for a server that is away is told where they are now."""

@@ -6,7 +6,7 @@ Rules:
 - a message of a normal channel stays in Redis until a reader waits here. One that was popped for a reader who is gone goes
   back to where it was, by its score. While Redis is away it waits here, for the next reader.
 - events come in as calls of plain functions; what is wanted goes out as calls of ``Requests`` and ``Source``, which answer
-  by further events. Neither may call back before it returns.
+  by further events, some of them before the call returns.
 - a reader may leave while the lock is held. What it leaves behind is put in order soon afterwards, by ``tidy``.
 - a refusal at one server delays nothing at another: what cannot be given back now is parked until that server is there.
 """
@@ -101,7 +101,7 @@ class Receiving:
         self._parked: set[QueueChannel] = set()
         self._fetching: dict[str, QueueChannel] = {}
         self.is_closing: bool = False
-        """Whether messages that come now go to nobody: they are given back at the end."""
+        """Whether messages arriving now have no reader: they are given back at the end."""
         self.late: list[tuple[QueueChannel, Popped]] = []
         """Messages to give back at the end."""
 
@@ -116,11 +116,11 @@ class Receiving:
         else:
             self._block(channel)
 
-    def _fetch(self, channel: QueueChannel, *, tell: bool = False) -> None:
+    def _fetch(self, channel: QueueChannel) -> None:
         channel.state = State.FETCHING
         channel.announced = False
         self._fetching[channel.key] = channel
-        self._requests.fetch(channel, channel.demand, tell=tell)
+        self._requests.fetch(channel, channel.demand, tell=channel.senders_wait)
 
     def _block(self, channel: QueueChannel) -> None:
         channel.state = State.BLOCKED
@@ -159,6 +159,7 @@ class Receiving:
 
     def fetched(self, channel: QueueChannel, entries: Sequence[tuple[bytes, bytes]], now: float) -> None:
         """A fetch is over: so many came, by the server's time ``now``."""
+        channel.senders_wait = False
         for entry, score in entries:
             self._put(channel, entry, score, now)
         self._go_on(channel)
@@ -192,7 +193,7 @@ class Receiving:
                 self.late.append((channel, popped))
                 return
             self._delivery.put(channel, popped, now)
-        if channel.demand:
+        if channel.demand or channel.senders_wait:
             self.begin(channel)
         elif channel.unclaimed:
             self.look_after(channel)  # its last reader left while the pop was on its way
@@ -200,7 +201,8 @@ class Receiving:
     def senders_wait(self, source: Source, key: str) -> None:
         """A source says that somebody waits for room in ``key``, one of ``blocked``: pop, and tell them."""
         channel = source.blocked.pop(key)
-        self._fetch(channel, tell=True)
+        channel.senders_wait = True
+        self._fetch(channel)
 
     def announced(self, source: Source, key: str) -> None:
         """A source says that there may be a message in ``key``, which is not one of ``own``."""

@@ -92,7 +92,7 @@ class WaitingSenders:
             queue.bell.set()
 
     def restore(self, link: Link, connection: Connection) -> None:
-        """Listen again on a new connection. Whoever is told too late looks again every second."""
+        """Listen again on a new connection. A sender that misses a notification checks again every second."""
         for key, queue in self.queues.items():
             if queue.link is link:
                 connection.submit(self._subscribe, self._names.room(key))

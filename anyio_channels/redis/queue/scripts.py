@@ -144,9 +144,11 @@ POP: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: how many, expiry (seconds), whether somebody waits for room (1) who took the
     # marker away.
     # Returns how many messages had expired, the time, and entry, score, entry, score, ... Tells senders who wait for room.
-    _POP
+    # What may be refused comes before the messages are taken.
+    "local waiting = #redis.call('ZPOPMIN', KEYS[2]) > 0\n"
+    + _POP
     + """
-if #redis.call('ZPOPMIN', KEYS[2]) > 0 or ARGV[3] == '1' then redis.pcall('PUBLISH', KEYS[2], '') end
+if waiting or ARGV[3] == '1' then redis.pcall('PUBLISH', KEYS[2], '') end
 """
     + _SAY_POPPED,
     _popped,
