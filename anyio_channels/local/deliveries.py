@@ -2,7 +2,8 @@
 
 Rules:
 - a message comes to a *topic*: the name of a channel, or ``group:`` and the name of a group (no channel name has a colon).
-- these are plain functions, for the event loop that opened the layer: nothing waits, and nobody's task is in the way.
+- these are plain functions: nothing waits, and no task gets in between. A transport calls them in the event loop that opened
+  the layer; in memory, broadcasts come from any thread.
 - what is not a message of ours is dropped, counted, and logged once. So are messages for members that are full.
 - what has ended here meanwhile, a channel or a group, is unsubscribed from, unless it is here again.
 """

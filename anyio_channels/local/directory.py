@@ -187,7 +187,7 @@ class Directory:
         self.closed: bool = False
         self.keeps_idle: bool = keeps_idle
         self.ended: deque[tuple[str, bool]] = deque()
-        """The names of channels and groups (``True``) that have ended; whoever keeps subscriptions empties it."""
+        """The names of channels and groups (``True``) that have ended; the keeper of subscriptions empties it."""
         self._get_capacity = get_capacity
         self._trim_at = _SLACK
         self._forgotten = 0

@@ -3,7 +3,7 @@
 Rules:
 - the layer's ``Life`` is its only state: new, opening, open, closing, closed. Nothing here keeps a second one.
 - the task group is entered by ``open`` and left by ``leave``, in the same task: that of ``async with layer:``.
-- until the layer is open, whoever opens it may be cancelled, and its task with it. From then on the task is shielded: a
+- until the layer is open, the opening call can be cancelled, and its task with it. From then on the task is shielded: a
   cancellation all around the layer closes it in order, and for that the connections are needed.
 - an error in the task is a bug of ours, and ends the block as a task group does. An error of the block is left as it is.
 """

@@ -21,7 +21,7 @@ class Transport(ABC):
     """
 
     outage: tuple[type[Exception], ...] = (OSError,)
-    """Errors of ``subscribe`` that pass: the topic stays wanted, and the transport subscribes to it as soon as it can."""
+    """Errors of the calls below that pass. A topic stays wanted, and the transport subscribes to it as soon as it can."""
 
     @abstractmethod
     async def run(self, deliveries: Deliveries, *, task_status: TaskStatus[None]) -> None:

@@ -34,7 +34,7 @@ class Marks:
     """Makes the marks of one sender."""
 
     def __init__(self) -> None:
-        """Become a sender of which there is no other."""
+        """Pick a unique sender id."""
         self._sender = secrets.token_bytes(_SENDER)
         self._count = 0
 

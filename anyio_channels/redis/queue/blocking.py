@@ -6,7 +6,8 @@ Rules:
 - the reply is handled, and the next pop sent, in one plain function: no task is between them.
 - what several processes read is popped one message at a time, for a reader who waits. What only this process reads is
   popped as it comes, and drained by a script in front of the next pop.
-- whoever waits for room in a channel leaves a marker, which the pop finds before that channel.
+- a sender that waits for room in a normal channel leaves a marker, which the pop finds before that channel. If this process
+  dies with it in hand, the sender checks again within a second.
 - a refusal stops this server's pop for a moment, and nothing else.
 """
 

@@ -403,7 +403,7 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
         return set(await self._members(group))
 
     def _sweep(self) -> None:
-        """Drop what has expired in this process; whoever leaves a group for it has left before Redis is asked."""
+        """Drop what has expired in this process; members that leave a group for it have left before Redis is asked."""
         self._here.sweep()
         self._session.memberships.leave_now()
         self._troubles.look()

@@ -3,8 +3,8 @@
 Rules:
 - an open inbox's memberships are renewed every third of ``group_expiry``, and joined again when a connection is new or
   Redis was emptied. Those of ``group_add`` last for ``group_expiry``.
-- ending a membership never waits. While its server is away it is remembered, and told when that is there again; the cost
-  of each is its own, however many are remembered.
+- an inbox that ends waits for nothing. While a server is away, what to end there is remembered, and told when it is there
+  again; each costs the same, however many are waiting.
 - leaving twice does no harm, so what may or may not have happened is done again.
 """
 

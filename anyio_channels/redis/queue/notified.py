@@ -1,7 +1,7 @@
 """The notices of a cluster: a ``Source`` where one pop cannot wait for keys of different slots.
 
 Rules:
-- whoever sends publishes to a sharded channel in the slot of the key; whoever waits listens there, and pops on hearing it.
+- senders publish to a sharded channel in the slot of the key; readers listen there, and pop on hearing it.
 - a pop follows each confirmation of the subscription too, so nothing that was sent before is overlooked.
 - one pop of a key at a time; what is heard meanwhile makes another one follow.
 """
