@@ -7,7 +7,7 @@ Rules:
 - it is caught when a test fails. A package that cannot be imported, or a test run that does not start, proves nothing.
 - the files of tests are those where a reader would look for that promise; not the whole suite.
 
-Run ``python tests/mutants.py`` for all, which takes the better part of an hour on two cores; ``python tests/mutants.py 3 17
+Run ``python tests/mutants.py`` for all, which takes half an hour on two cores; ``python tests/mutants.py 3 17
 mailbox`` for the third, the seventeenth and those whose place or promise has the word *mailbox*; ``--list`` to see what
 there is; ``--intact`` to run the same tests on the package as it is, which all must pass.
 """
