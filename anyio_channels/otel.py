@@ -36,8 +36,8 @@ except ImportError as _error:
     raise ImportError("anyio_channels.otel needs an extra: pip install 'anyio_channels[otel]'") from _error
 
 from . import __version__
+from .contract.layer import MESSAGE_VARIABLES, BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow
 from .exceptions import MessageTooLarge
-from .layers.base import MESSAGE_VARIABLES, BaseChannelLayer, ChannelLayerStatistics, Message, OnGap, Overflow
 from .log import TELEMETRY_FAILED, Troubles
 
 __all__ = ["CONTEXT_KEY", "OpenTelemetryChannelLayer", "message_context"]

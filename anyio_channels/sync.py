@@ -17,17 +17,17 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from anyio import CancelScope, ClosedResourceError, Event, move_on_after
 
-from .exceptions import ChannelFull, MessageTooLarge
-from .layers.base import (
+from .contract.layer import (
     MESSAGE_VARIABLES,
     BaseChannelLayer,
     ChannelLayerStatistics,
+    Inbox,
     Message,
     OnGap,
     Overflow,
-    require_seconds,
 )
-from .layers.inbox import Inbox
+from .contract.options import require_seconds
+from .exceptions import ChannelFull, MessageTooLarge
 from .portal import Portal
 
 __all__ = ["SyncChannelLayer", "SyncInbox"]

@@ -67,7 +67,13 @@ pygments_dark_style = "monokai"
 
 PUBLIC = {
     name: module
-    for module in ("anyio_channels", "anyio_channels.sync", "anyio_channels.testing", "anyio_channels.wsgi")
+    for module in (
+        "anyio_channels",
+        "anyio_channels.hub",
+        "anyio_channels.sync",
+        "anyio_channels.testing",
+        "anyio_channels.wsgi",
+    )
     for name in importlib.import_module(module).__all__
 }
 NAME = re.compile(rf"``({'|'.join(sorted(PUBLIC))})((?:\.\w+)?)``")

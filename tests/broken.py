@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
 
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.layers.base import Message
-from anyio_channels.layers.local import Channel, Group
-from anyio_channels.layers.mailbox import Waiter
+from anyio_channels.contract.layer import Life, Message
+from anyio_channels.local.directory import Channel, Group
+from anyio_channels.local.waiting import Waiter
 
 
 class OverAccepts(InMemoryChannelLayer):
@@ -39,7 +40,7 @@ class DeliversTwice(InMemoryChannelLayer):
         if self.count % 3 == 0:
             source = self._here.channels[channel]
             source.entries.insert(0, (self._clock() + self.expiry, self._encode(message)))
-            self._room.books.sent += 1
+            self._mailroom.books.sent += 1
             source._books.occupied += source._weight if len(source.entries) == 1 else 0
         return message
 
@@ -47,8 +48,8 @@ class DeliversTwice(InMemoryChannelLayer):
 class Reorders(InMemoryChannelLayer):
     """The newest of three messages comes first."""
 
-    def send_nowait(self, channel: str, message: Message) -> None:
-        super().send_nowait(channel, message)
+    def _put(self, channel: str, data: bytes) -> None:
+        super()._put(channel, data)
         entries = self._here.channels[channel].entries
         if len(entries) > 2:
             entries.insert(0, entries.pop())
@@ -145,7 +146,16 @@ class DropsWaiters(InMemoryChannelLayer):
 class SkipsFull(InMemoryChannelLayer):
     """A full member stops the broadcast: those behind it miss it too."""
 
+    async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        with self.stopping():
+            await super().group_send(group, message, exclude=exclude)
+
     def group_send_nowait(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
+        with self.stopping():
+            super().group_send_nowait(group, message, exclude=exclude)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
         original = Group.present
 
         def present(self: Group, now: float, rung: list[Waiter]) -> list[Channel]:
@@ -155,7 +165,7 @@ class SkipsFull(InMemoryChannelLayer):
 
         Group.present = present  # type: ignore[method-assign]
         try:
-            super().group_send_nowait(group, message, exclude=exclude)
+            yield
         finally:
             Group.present = original  # type: ignore[method-assign]
 
@@ -189,7 +199,7 @@ class WorksClosed(InMemoryChannelLayer):
     """Closing leaves those who wait waiting."""
 
     async def close(self) -> None:
-        self._opened = False
+        self._life = Life.NEW
 
 
 class ClosesWithAMessage(InMemoryChannelLayer):
@@ -208,13 +218,13 @@ class ForgetsToWake(InMemoryChannelLayer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
 
-        class Deaf(type(self._room)):  # type: ignore[misc]
+        class Deaf(type(self._mailroom)):  # type: ignore[misc]
             __slots__ = ()
 
             def wake(self, rung: list[Waiter]) -> None:
                 pass
 
-        self._room.__class__ = Deaf
+        self._mailroom.__class__ = Deaf
 
 
 class RaisesOtherErrors(InMemoryChannelLayer):
@@ -241,7 +251,7 @@ class NeverWaits(InMemoryChannelLayer):
 class RefusesAlways(InMemoryChannelLayer):
     """Every channel is full."""
 
-    def send_nowait(self, channel: str, message: Message) -> None:
+    def _put(self, channel: str, data: bytes) -> None:
         raise self.ChannelFull(channel)
 
 

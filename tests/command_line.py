@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import select
 import signal
@@ -10,8 +11,14 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import redirect_stderr, redirect_stdout
 from types import TracebackType
 from typing import IO, Any, Self
+from unittest.mock import patch
+
+import pytest
+
+from anyio_channels.cli import main
 
 PATIENCE = 60
 START = [sys.executable, "-P", "-W", "error"]
@@ -43,6 +50,21 @@ def run(*arguments: str, before: str = "", **options: Any) -> subprocess.Complet
             **options,
         },
     )
+
+
+def refused(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in this process, which is enough for a call that ends before anything is opened."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        patch.dict(os.environ, environment(**variables), clear=True),
+        patch.object(sys, "argv", ["anyio-channels", *arguments]),
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert isinstance(ended.value.code, int)
+    return subprocess.CompletedProcess(arguments, ended.value.code, output.getvalue(), errors.getvalue())
 
 
 class Running:

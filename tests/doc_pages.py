@@ -11,16 +11,22 @@ Rules for who writes a page:
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
+from typing import Self
 
-__all__ = ["PAGES", "ROOT", "Block", "all_blocks", "read_blocks", "run"]
+__all__ = ["PAGES", "ROOT", "Block", "Runner", "all_blocks", "read_blocks"]
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -29,6 +35,8 @@ _FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+)(?P<language>[^`\n]*)\n(?P<text>.*?)^(?P=indent)(?P=fence) *$",
     re.MULTILINE | re.DOTALL,
 )
+_PATIENCE = 120.0
+_FORKS = "ignore:This process:DeprecationWarning"  # from 3.12 on; what forks has one thread
 _COMMENT = re.compile(r"<!-- (?P<words>[^\n]*) -->\n\Z")
 _FILE = re.compile(r"file: (?P<name>[\w./]+)")
 _NOT_RUN = re.compile(r"not run as a test: (?P<reason>.+)")
@@ -103,45 +111,65 @@ def _make_block(name: str, text: str, match: re.Match[str], after: re.Match[str]
     )
 
 
-def run(block: Block, way: str, directory: Path, redis_url: str) -> None:
-    """Run a block in a process of its own, in ``directory``; ``AssertionError`` says what was not as the page has it."""
-    text = re.sub(r"\b(redis|rediss)((?:\+\w+)*)://localhost(:6379)?\b", rf"redis\2://{redis_url}", block.text)
-    if way == "pytest":
+class Runner:
+    """Runs blocks, each in a process of its own, until its ``with`` block ends."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "error", "-W", _FORKS, Path(__file__).with_name("run_block.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def run(self, block: Block, way: str, directory: Path, redis_url: str) -> None:
+        """Run a block in ``directory``; ``AssertionError`` says what was not as the page has it."""
+        text = re.sub(r"\b(redis|rediss)((?:\+\w+)*)://localhost(:6379)?\b", rf"redis\2://{redis_url}", block.text)
+        if way == "pytest":
+            self._run_by_pytest(block, text, directory)
+            return
+        code, output, errors = self._run_script(block, way, directory, text)
+        assert code == 0, f"{block.name} on {way}:\n{output}{errors}"
+        assert errors == "", f"{block.name} on {way} complains:\n{errors}"
+        if block.output is not None:
+            said, due = (_lines(one, block) for one in (output, block.output))
+            assert said == due, f"{block.name} on {way} prints:\n{output}"
+
+    def _run_script(self, block: Block, way: str, directory: Path, text: str) -> tuple[int, str, str]:
+        output, errors = (Path(tempfile.mkdtemp(dir=directory), name) for name in ("output", "errors"))
+        request = {"place": [str(directory), str(output), str(errors)], "script": [block.page, block.line, way, text]}
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], _PATIENCE)[0]:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError(f"{block.name} on {way}:\n{output.read_text('utf-8')}{errors.read_text('utf-8')}")
+        return int(process.stdout.readline()), output.read_text("utf-8"), errors.read_text("utf-8")
+
+    @staticmethod
+    def _run_by_pytest(block: Block, text: str, directory: Path) -> None:
         path = directory / "test_block.py"
         path.write_text(text, encoding="utf-8")
-        arguments = [
-            "-m",
-            "pytest",
-            "-q",
-            "-W",
-            "error",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-p",
-            "no:asyncio",
-            str(path),
-        ]
-    else:
-        arguments = [str(Path(__file__).with_name("run_block.py")), block.page, str(block.line), way]
-    result = subprocess.run(
-        [sys.executable, "-P", "-W", "error", *arguments],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        cwd=directory,
-        check=False,
-    )
-    assert result.returncode == 0, f"{block.name} on {way}:\n{result.stdout}{result.stderr}"
-    if way == "pytest":
+        # Only the plugin that the pages ask for: most of the time of such a run would go to loading the others.
+        options = ["-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "anyio.pytest_plugin"]
+        result = subprocess.run(
+            [sys.executable, "-P", "-W", "error", *options, str(path)],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=_PATIENCE,
+            cwd=directory,
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            check=False,
+        )
+        assert result.returncode == 0, f"{block.name}:\n{result.stdout}{result.stderr}"
         assert re.search(r"^\d+ passed in", result.stdout, re.MULTILINE), result.stdout
-        return
-    assert result.stderr == "", f"{block.name} on {way} complains:\n{result.stderr}"
-    if block.output is not None:
-        said, due = (_lines(output, block) for output in (result.stdout, block.output))
-        assert said == due, f"{block.name} on {way} prints:\n{result.stdout}"
 
 
 def _lines(output: str, block: Block) -> list[str]:

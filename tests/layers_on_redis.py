@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import anyio.abc
@@ -18,10 +18,17 @@ from redis_server import RedisServer
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
-from anyio_channels.layers.redis.pop import Popper
+from anyio_channels.local.directory import Channel
+from anyio_channels.redis.client import Link, LinkEvents, Server, Subscriptions
+from anyio_channels.redis.pubsub import PubSub
+from anyio_channels.redis.queue.blocking import BlockingPop
+from anyio_channels.redis.queue.channels import QueueChannel
+from anyio_channels.redis.queue.session import Session
+from anyio_channels.redis.wire import Names
 from anyio_channels.testing import CHECKS, Clock, Features, LayerFactory
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+LayerOnRedis: TypeAlias = RedisChannelLayer | RedisPubSubChannelLayer
 _numbers = itertools.count()
 
 
@@ -78,28 +85,87 @@ def move_queue(servers: Sequence[RedisServer], prefix: str) -> Callable[[BaseCha
             for server in servers:
                 with server.client() as client:
                     grow_older(client, prefix, step)
-            for link in layer._topology.links:
+            for link in layer.options.router.links:
                 assert link.connection is not None
-                layer._rejoin(link)
-                await layer._execute(link, "PING")
+                session(layer).memberships.renew(link)
+                await link.execute("PING")
 
     return move
+
+
+def session(layer: BaseChannelLayer) -> Session:
+    """Return what lives while a queue layer is open."""
+    assert isinstance(layer, RedisChannelLayer)
+    return layer._session
+
+
+def transport(layer: BaseChannelLayer) -> PubSub:
+    """Return what carries the messages of a pub/sub layer."""
+    assert isinstance(layer, RedisPubSubChannelLayer)
+    found = layer.transport
+    assert isinstance(found, PubSub)
+    return found
+
+
+def subscriptions(layer: BaseChannelLayer) -> Subscriptions:
+    """Return what a layer has Redis send it."""
+    return session(layer).subscriptions if isinstance(layer, RedisChannelLayer) else transport(layer).subscriptions
+
+
+def events(layer: BaseChannelLayer) -> LinkEvents:
+    """Return what hears of the connections of a layer."""
+    return session(layer) if isinstance(layer, RedisChannelLayer) else transport(layer)
+
+
+def arrives(layer: BaseChannelLayer, channel: Channel, entry: bytes, score: float) -> None:
+    """Let a message for a normal channel come, as if it had been fetched for a reader who is gone."""
+    arrive(layer, channel, [(entry, score)])
+
+
+def arrive(layer: BaseChannelLayer, channel: Channel, entries: Sequence[tuple[bytes, float]]) -> None:
+    """Let messages for a normal channel come together, as if they had been fetched for as many readers."""
+    assert isinstance(channel, QueueChannel)
+    now = session(layer).link_of(channel.key).server_time
+    session(layer).receiving.fetched(channel, [(entry, str(score).encode()) for entry, score in entries], now)
+
+
+def link_to_channel(layer: BaseChannelLayer, name: str) -> Link:
+    """Return the link to the server that owns the channel ``name``."""
+    if isinstance(layer, RedisChannelLayer):
+        return session(layer).link_of(Names(layer.prefix).channel(name))
+    assert isinstance(layer, RedisPubSubChannelLayer)
+    return layer.options.router.owner(name, name)
+
+
+def port_of(link: Link) -> int:
+    """Return the port of the server that ``link`` leads to."""
+    assert isinstance(link.server, Server)
+    return link.server.address.port
+
+
+def link_to_group(layer: BaseChannelLayer, name: str) -> Link:
+    """Return the link to the server that owns the group ``name``."""
+    if isinstance(layer, RedisChannelLayer):
+        return session(layer).link_of(Names(layer.prefix).group(name))
+    assert isinstance(layer, RedisPubSubChannelLayer)
+    topic = Names(layer.prefix).group_topic(name)
+    return layer.options.router.owner(topic, topic)
 
 
 async def settle_queue(layer: BaseChannelLayer) -> None:
     """Wait until what was popped has come, and what is to be given back is there."""
     assert isinstance(layer, RedisChannelLayer)
     for _ in range(2):
-        for link in layer._topology.links:
-            await layer._poppers[link].until_ended()
-            await layer._execute(link, "PING")
+        for link in layer.options.router.links:
+            await session(layer).sources[link].until_ended()
+            await link.execute("PING")
 
 
 async def settle_pubsub(layer: BaseChannelLayer) -> None:
     """Wait until what was published before has come: it is on the same connection."""
     assert isinstance(layer, RedisPubSubChannelLayer)
-    for link in layer._topology.links:
-        await layer._execute(link, "PING")
+    for link in layer.options.router.links:
+        await link.execute("PING")
 
 
 QUEUE = Kind(
@@ -116,16 +182,16 @@ KINDS = (QUEUE, PUBSUB)
 both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
-def popper(layer: RedisChannelLayer) -> Popper:
+def popper(layer: RedisChannelLayer) -> BlockingPop:
     """Return what waits in Redis for ``layer``, on its first server."""
-    found = layer._poppers[layer._topology.links[0]]
-    assert isinstance(found, Popper)
+    found = session(layer).sources[layer.options.router.links[0]]
+    assert isinstance(found, BlockingPop)
     return found
 
 
-def hears(layer: RedisPubSubChannelLayer, name: str) -> bool:
+def hears(layer: BaseChannelLayer, name: str) -> bool:
     """Whether Redis has confirmed the subscription to the Redis channel ``name``."""
-    subscription = layer.subscriptions.wanted.get(name)
+    subscription = subscriptions(layer).wanted.get(name)
     return subscription is not None and subscription.confirmed
 
 
@@ -210,7 +276,17 @@ async def pass_on_both(one: Any, other: Any, kind: Kind, connections: int) -> No
         for name in names:
             await other.send(name, {"to": name})
         await until(lambda: sorted(got) == sorted(names))
-        assert {one._topology.owner(name, name) for name in names} == set(one._topology.links)
+        assert {one.options.router.owner(name, name) for name in names} == set(one.options.router.links)
         assert one.statistics().connections == connections
         await other.flush()
         tg.cancel_scope.cancel()
+
+
+async def until_answered(layer: LayerOnRedis) -> None:
+    """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
+    connections = [link.connection for link in layer.options.router.links]
+    with fail_after(PATIENCE):
+        await anyio.wait_all_tasks_blocked()
+        while any(one is not None and one.pending for one in connections):
+            await anyio.sleep(0.002)
+            await anyio.wait_all_tasks_blocked()

@@ -24,14 +24,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import pytest
 import redis
@@ -52,7 +53,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 HOST = "127.0.0.1"
-PATIENCE = 20.0
+PATIENCE = 60.0
 LOST = (BrokenResourceError, ClosedResourceError, EndOfStream, OSError)  # ssl.SSLError is an OSError
 
 
@@ -331,16 +332,20 @@ class Sentinels:
 
 
 class RedisCluster:
-    """Three primaries with a third of the slots each, and three replicas; needs Redis 7."""
+    """Three primaries with a third of the slots each, and three replicas; needs Redis 7.
 
-    def __init__(self, directory: Path) -> None:
-        self.nodes = [self._make_node(directory) for _ in range(6)]
+    ``node_timeout``: milliseconds until a node that does not answer is taken to have failed; the nodes ask twice as often.
+    """
+
+    def __init__(self, directory: Path, *, node_timeout: int = 600) -> None:
         self._directory = directory
+        self._node_timeout = node_timeout
+        self.nodes = [self._make_node() for _ in range(6)]
 
-    def _make_node(self, directory: Path) -> RedisServer:
-        config = """--cluster-enabled yes --cluster-node-timeout 600 --cluster-replica-validity-factor 0
+    def _make_node(self) -> RedisServer:
+        config = f"""--cluster-enabled yes --cluster-node-timeout {self._node_timeout} --cluster-replica-validity-factor 0
             --cluster-require-full-coverage no --repl-diskless-sync-delay 0 --repl-ping-replica-period 1"""
-        return RedisServer(new_directory(directory, "node"), *config.split())
+        return RedisServer(new_directory(self._directory, "node"), *config.split())
 
     def __enter__(self) -> Self:
         try:
@@ -373,7 +378,7 @@ class RedisCluster:
 
     def add_node(self) -> RedisServer:
         """Start one more primary, without slots, that all others know."""
-        node = self._make_node(self._directory)
+        node = self._make_node()
         node.start()
         self.nodes.append(node)
         self.ask(node, "SET-CONFIG-EPOCH", len(self.nodes))
@@ -443,6 +448,48 @@ class RedisCluster:
         for node in (target, source, *(one for one in self.nodes if one not in (target, source))):
             with suppress(redis.RedisError):  # replicas hear of it from their primary
                 self.ask(node, "SETSLOT", slot, "NODE", target_id)
+
+
+Deployment = TypeVar("Deployment", bound=Sentinels | RedisCluster)
+
+
+class Spares(Generic[Deployment]):
+    """Deployments for tests that damage theirs, each made while the test before it runs.
+
+    A cluster takes 2 s to form on any machine, nearly all of it waiting. Use it in a ``with`` block, which ends the spare
+    that no test took.
+    """
+
+    def __init__(self, make: Callable[[], Deployment]) -> None:
+        self._make = make
+        self._pool = ThreadPoolExecutor(1, "spares")
+        self._spare = self._begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(Exception):  # if it could not be made, no test misses it
+            self._spare.result().__exit__()
+        self._pool.shutdown()
+
+    @contextmanager
+    def lend(self) -> Iterator[Deployment]:
+        """Hand out a deployment for the block, and begin to make the next."""
+        spare, self._spare = self._spare, self._begin()
+        taken = spare.result()
+        try:
+            yield taken
+        finally:
+            taken.__exit__()
+
+    def _begin(self) -> Future[Deployment]:
+        return self._pool.submit(self._form)
+
+    def _form(self) -> Deployment:
+        deployment = self._make()
+        deployment.__enter__()
+        return deployment
 
 
 def new_directory(parent: Path, name: str) -> Path:

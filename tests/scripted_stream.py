@@ -11,7 +11,7 @@ from anyio import Event, create_task_group, fail_after, wait_all_tasks_blocked
 from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 
-from anyio_channels.layers.redis.connection import Connection
+from anyio_channels.redis.client import Connection
 
 PATIENCE = 20.0
 NAME = "Redis at there:1"

@@ -20,9 +20,9 @@ from typing import Any
 
 import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
+from layers_on_redis import LayerOnRedis
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis.layer import RedisLayer
 
 WORKERS = 3
 SINGLE = [f"single.{number}" for number in range(WORKERS)]
@@ -59,7 +59,7 @@ class Plan:
     seed: int
     messages: int
 
-    def make_layer(self) -> RedisLayer:
+    def make_layer(self) -> LayerOnRedis:
         options: dict[str, Any] = {"prefix": self.prefix, "expiry": 600, "timeout": 20}
         if self.kind == "queue":
             return RedisChannelLayer([self.url], capacity=CAPACITY, **options)
@@ -243,7 +243,7 @@ class Worker:
     async def have_guests(self) -> None:
         """Open a layer, read there, and close it while its readers wait, again and again."""
 
-        async def read(layer: RedisLayer) -> None:
+        async def read(layer: LayerOnRedis) -> None:
             with suppress(ClosedResourceError):
                 while True:
                     channel = self.random.choice(SHARED)

@@ -35,6 +35,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from anyio_channels.portal import Portal
 from anyio_channels.wsgi import AsgiToWsgi, WsgiToAsgi
 
 PATIENCE = 20.0
@@ -63,6 +64,11 @@ def serve(request: pytest.FixtureRequest) -> Callable[..., AsgiToWsgi]:
 
 
 Serve = Callable[..., AsgiToWsgi]
+
+
+def portal_of(wsgi: AsgiToWsgi) -> Portal:
+    """Return the event loop that the application lives in."""
+    return wsgi._host().portal
 
 
 class Answer:
@@ -277,7 +283,7 @@ def test_chunks_come_as_they_are_sent(serve: Serve) -> None:
         chunks = wsgi(environ_of(), Answer().start)
         for number in range(5):
             assert next(chunks) == b"%d" % number
-            wsgi._host().portal.call_soon(may_go_on[number].set)
+            portal_of(wsgi).call_soon(may_go_on[number].set)
         assert list(chunks) == []
 
 
@@ -299,10 +305,10 @@ def test_the_application_waits_for_a_slow_server(serve: Serve) -> None:
     with serve(app, buffer_size=50) as wsgi:
         chunks = wsgi(environ_of(), Answer().start)
         assert waits.acquire(timeout=PATIENCE)
-        wsgi._host().portal.call("settling", wait_all_tasks_blocked)
+        portal_of(wsgi).call("settling", wait_all_tasks_blocked)
         assert len(sent) == 6
         assert next(chunks) == b"x" * 10  # which the server is sending now: it is not yet through
-        wsgi._host().portal.call("settling", wait_all_tasks_blocked)
+        portal_of(wsgi).call("settling", wait_all_tasks_blocked)
         assert len(sent) == 6
         assert b"".join(chunks) == b"x" * 990
         assert len(sent) == 100
@@ -684,7 +690,7 @@ def test_background_tasks_go_on_after_the_response(serve: Serve) -> None:
         assert ask(wsgi).body == b"ok"
         assert begun.wait(PATIENCE)
         assert not done.is_set()
-        wsgi._host().portal.call_soon(may_end[0].set)
+        portal_of(wsgi).call_soon(may_end[0].set)
         assert done.wait(PATIENCE)
 
 
@@ -825,7 +831,7 @@ def test_a_request_that_crosses_closing(serve: Serve) -> None:
             errors.append(error)
 
     app = serve(echo).open()
-    portal = app._host().portal
+    portal = portal_of(app)
     life = portal._life
     assert life is not None
     may_go_on = threading.Event()

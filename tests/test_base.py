@@ -282,3 +282,12 @@ async def test_an_inbox_cancelled_while_joining_leaves_nothing() -> None:
         tg.cancel_scope.cancel()
     counts = layer.statistics()
     assert (counts.channels, counts.groups, counts.members) == (0, 0, 0)
+
+
+@pytest.mark.anyio
+async def test_closing_what_was_never_opened() -> None:
+    """Closing a layer that was never opened changes nothing: it can be opened afterwards."""
+    layer = BaseChannelLayer()
+    await layer.close()
+    async with layer:
+        pass

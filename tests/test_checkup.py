@@ -18,11 +18,11 @@ from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix
 from redis_server import RedisCluster, RedisServer, TLSProxy, make_certificates, new_directory, wait_until
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis import checkup
-from anyio_channels.layers.redis.checkup import Finding, check_up
-from anyio_channels.layers.redis.link import Link
+from anyio_channels.doctor.checkup import check_up
+from anyio_channels.doctor.findings import Finding
+from anyio_channels.redis.client import Link
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 
 @contextmanager
@@ -75,7 +75,8 @@ async def test_the_mark_of_an_open_layer_stays(tmp_path: Path) -> None:
             before = set(client.keys("*"))
             assert b"asgi:prefix" in before
             assert wrong(await findings(QUEUE, server.url)) == set()
-            assert set(client.keys("*")) - {b"asgi:wake:" + layer.client.encode()} == before
+            process = inbox.channel.removeprefix("specific.").partition("!")[0]
+            assert set(client.keys("*")) - {b"asgi:wake:" + process.encode()} == before
             await layer.group_send("room", {"type": "still.here"})
             assert await inbox.receive() == {"type": "still.here"}
 
@@ -88,10 +89,10 @@ async def interrupt_at_each_command(
     cancel: Callable[[], object] = int
     countdown = itertools.count()
 
-    async def counted(link: Link, *command: Any) -> Any:
+    async def counted(link: Link, *command: Any, **options: Any) -> Any:
         if next(countdown) == number:
             cancel()
-        return await execute(link, *command)
+        return await execute(link, *command, **options)
 
     def on_cancel(call: Callable[[], object]) -> None:
         nonlocal cancel
@@ -109,7 +110,7 @@ async def interrupt_at_each_command(
     assert number > 10
 
 
-@both
+@pytest.mark.diagonal(("kind",), [pytest.param(QUEUE, id="queue"), pytest.param(PUBSUB, id="pubsub")], start=1)
 async def test_interrupted_at_any_point(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of its commands a cancelled scope meets, nothing stays in Redis."""
 
@@ -122,7 +123,9 @@ async def test_interrupted_at_any_point(kind: Kind, tmp_path: Path, monkeypatch:
     await interrupt_at_each_command(kind, tmp_path, monkeypatch, run)
 
 
-@both
+@pytest.mark.parametrize(
+    "kind", [pytest.param(QUEUE, id="queue"), pytest.param(PUBSUB, id="pubsub", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_interrupted_by_asyncio_s_own_cancellation(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,19 +175,16 @@ async def test_one_of_several(tmp_path: Path) -> None:
         ]
 
 
-async def test_one_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_goes_away(tmp_path: Path) -> None:
     """A server that dies while it is looked at does not keep the other from being checked."""
     with server_with(tmp_path) as one, server_with(tmp_path) as two:
         layers = [RedisChannelLayer([one.url, two.url], connect_timeout=0.5) for _ in range(2)]
-        check = checkup._Checkup._check_latency
 
-        async def die(self: Any, link: Any) -> None:
-            if str(one.port) in link.name:
-                one.kill()
-            await check(self, link)
+        def clock() -> float:
+            one.kill()  # it is the first whose clock is looked at
+            return time.time()
 
-        monkeypatch.setattr(checkup._Checkup, "_check_latency", die)
-        found = await check_up(layers[0], layers[1])
+        found = await check_up(layers[0], layers[1], clock)
     verdicts = {(finding.check, finding.server): finding.verdict for finding in found}
     first, second = (f"Redis at {server.host}:{server.port}" for server in (one, two))
     assert verdicts["reached", first] == "wrong"
@@ -421,15 +421,14 @@ async def test_each_right_that_is_missing_is_named(kind: Kind, tmp_path: Path) -
 
 @pytest.mark.slow
 @both
-async def test_each_right_that_is_missing_on_a_cluster_is_named(kind: Kind, tmp_path: Path) -> None:
+async def test_each_right_that_is_missing_on_a_cluster_is_named(kind: Kind, cluster: RedisCluster) -> None:
     """On the nodes of a cluster."""
-    with RedisCluster(tmp_path) as cluster:
 
-        def make(login: str) -> Any:
-            hosts = [url.replace("//", f"//{login}") for url in cluster.hosts]
-            return kind.layer_class(hosts, prefix="shop", cluster=True, connect_timeout=1.0, timeout=1.0)
+    def make(login: str) -> Any:
+        hosts = [url.replace("//", f"//{login}") for url in cluster.hosts]
+        return kind.layer_class(hosts, prefix="shop", cluster=True, connect_timeout=1.0, timeout=1.0)
 
-        await look_for_each_missing_right("shop-nodes" if kind is QUEUE else "shop-live-nodes", cluster.nodes, make)
+    await look_for_each_missing_right("shop-nodes" if kind is QUEUE else "shop-live-nodes", cluster.nodes, make)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import environment, run
+from command_line import environment, refused, run
 from redis_server import RedisServer, free_port
 
 from anyio_channels import __version__
@@ -45,7 +45,7 @@ def test_help_names_every_option() -> None:
     ],
 )
 def test_bad_layer_url(url: str, trouble: str) -> None:
-    result = run("demo", "--port", "0", "--layer", url)
+    result = refused("demo", "--port", "0", "--layer", url)
     assert result.returncode == 2
     assert result.stdout == ""
     assert "--layer" in result.stderr
@@ -64,13 +64,13 @@ def test_layer_from_the_environment() -> None:
 def test_layer_that_cannot_be_opened() -> None:
     before = """
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.layers import registry
+from anyio_channels.urls import register_scheme
 
 class Broken(InMemoryChannelLayer):
     async def open(self):
         raise ConnectionError("no answer from ann:s3cret@db:1234")
 
-registry._SCHEMES["broken"] = lambda url, options: Broken()
+register_scheme("broken", lambda url: Broken())
 """
     result = run("demo", "--port", "0", "--layer", "broken://ann:s3cret@db:1234/chat?password=s3cret", before=before)
     assert result.returncode == 1
@@ -128,7 +128,7 @@ def test_signal_while_redis_does_not_answer(backend: str, number: int) -> None:
     ("option", "value"), [("--port", "70000"), ("--port", "http"), ("--backend", "curio"), ("--nosuch", "1")]
 )
 def test_bad_option(option: str, value: str) -> None:
-    result = run("demo", option, value)
+    result = refused("demo", option, value)
     assert result.returncode == 2
     assert option in result.stderr
     assert "Traceback" not in result.stderr

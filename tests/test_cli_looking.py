@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from command_line import Running, Terminal, environment, run
 from layers_on_redis import QUEUE, Kind, both, new_prefix
 from redis_server import RedisServer, new_directory, wait_until
-from test_cli_messages import backends, url_of
+from test_cli_messages import backends, one_of_each, url_of
 
 from anyio_channels import create_channel_layer
 from anyio_channels.cli.commands import cli
@@ -23,8 +23,7 @@ def opened(url: str) -> SyncChannelLayer:
     return SyncChannelLayer(create_channel_layer(url))
 
 
-@both
-@backends
+@one_of_each
 def test_groups(kind: Kind, backend: str, redis_server: RedisServer) -> None:
     """groups lists the groups with their members or processes; with a group, its members where they are known."""
     options = ("groups", "--layer", url_of(redis_server, kind), "--backend", backend)
@@ -82,8 +81,7 @@ def test_several_servers(kind: Kind, tmp_path: Path) -> None:
         assert re.fullmatch(rf"warning: not asked: Redis at {two.host}:{two.port} .*\n", rest.stderr)
 
 
-@both
-@backends
+@one_of_each
 def test_stats_once(kind: Kind, backend: str, redis_server: RedisServer) -> None:
     """stats --once prints one table, or one document, and what nobody can know is "-" or null."""
     options = ("stats", "--once", "--interval", "0.1", "--layer", url_of(redis_server, kind), "--backend", backend)
@@ -165,8 +163,7 @@ def test_a_dumb_terminal(redis_server: RedisServer) -> None:
     assert "\x1b[" not in seen
 
 
-@both
-@backends
+@one_of_each
 def test_doctor(kind: Kind, backend: str, redis_server: RedisServer) -> None:
     """doctor exits with 0 where nothing is wrong, in JSON and as a table."""
     url = url_of(redis_server, kind)
@@ -206,8 +203,7 @@ def test_doctor_finds_something(tmp_path: Path) -> None:
     assert "s3cret" not in gone.stdout + gone.stderr
 
 
-@both
-@backends
+@one_of_each
 def test_bench(kind: Kind, backend: str, tmp_path: Path) -> None:
     """bench measures memory and Redis, whatever the URL says of capacity and prefix, and leaves nothing there."""
     with RedisServer(new_directory(tmp_path, "redis")) as server:
@@ -273,7 +269,7 @@ def test_bench_of_a_layer_that_loses_a_message() -> None:
     before = """
 import anyio
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.layers.inbox import Inbox
+from anyio_channels.contract.layer import Inbox
 InMemoryChannelLayer.timeout = 0.1
 Inbox.receive = lambda self: anyio.sleep_forever()
 """
@@ -324,7 +320,7 @@ def test_redis_is_not_installed() -> None:
 def test_an_error_of_one_of_several_tasks() -> None:
     """What fails in a task group is one line, as anywhere else."""
     before = """
-from anyio_channels.layers.redis import survey
+from anyio_channels.doctor import survey
 async def require(self):
     raise ExceptionGroup("tasks", [ExceptionGroup("more", [OSError("it is gone")])])
 survey.Survey.require = require
@@ -336,7 +332,7 @@ survey.Survey.require = require
 def test_a_mistake_of_ours_has_a_traceback() -> None:
     """What is nobody's fault but ours is not hidden."""
     before = """
-from anyio_channels.layers.redis import survey
+from anyio_channels.doctor import survey
 survey.Survey.require = None
 """
     result = run("groups", "--layer", "redis://127.0.0.1:1", before=before)

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import hiredis
 import pytest
 import redis.exceptions
-from anyio import BrokenResourceError, CancelScope, ClosedResourceError, EndOfStream, create_task_group, sleep
-from anyio.abc import TaskStatus
+from anyio import (
+    BrokenResourceError,
+    CancelScope,
+    ClosedResourceError,
+    EndOfStream,
+    Event,
+    connect_tcp,
+    create_task_group,
+    sleep,
+)
+from anyio.abc import ByteStream, TaskStatus
 from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis_server import Listener
 from scripted_stream import NAME, PATIENCE, ScriptedStream, in_time, serving, settle
 
-from anyio_channels.layers.redis.connection import Connection, ConnectionLost, ConnectionTimeout, Request, to_error
+from anyio_channels.redis.client.connection import Connection, reply_to
+from anyio_channels.redis.client.errors import ConnectionLost, ConnectionTimeout
+from anyio_channels.redis.client.protocol import Request
 
 pytestmark = pytest.mark.anyio
 
@@ -29,34 +42,8 @@ on_asyncio = pytest.mark.parametrize(
     ids=["asyncio", "uvloop"],
 )
 
-KINDS = {
-    "simple string": (b"+OK\r\n", b"OK"),
-    "integer": (b":-42\r\n", -42),
-    "bulk": (b"$8\r\n+a\r\n-b\r\n\r\n", b"+a\r\n-b\r\n"),
-    "empty bulk": (b"$0\r\n\r\n", b""),
-    "null": (b"_\r\n", None),
-    "null bulk": (b"$-1\r\n", None),
-    "null array": (b"*-1\r\n", None),
-    "double": (b",1.5\r\n", 1.5),
-    "infinity": (b",-inf\r\n", float("-inf")),
-    "not a number": (b",nan\r\n", float("nan")),
-    "true": (b"#t\r\n", True),
-    "false": (b"#f\r\n", False),
-    "big number": (b"(3492890328409238509324850943850943825024385\r\n", b"3492890328409238509324850943850943825024385"),
-    "verbatim": (b"=7\r\ntxt:abc\r\n", b"abc"),
-    "array": (b"*2\r\n:1\r\n$1\r\nx\r\n", [1, b"x"]),
-    "empty array": (b"*0\r\n", []),
-    "map": (b"%2\r\n+a\r\n:1\r\n:2\r\n_\r\n", {b"a": 1, 2: None}),
-    "set": (b"~2\r\n:1\r\n:2\r\n", [1, 2]),
-    "nested": (b"*2\r\n%1\r\n+k\r\n*1\r\n~1\r\n:7\r\n*1\r\n*0\r\n", [{b"k": [[7]]}, [[]]]),
-    "error in an array": (b"*1\r\n-ERR in it\r\n", [hiredis.ReplyError("ERR in it")]),
-}
 ENDS: list[tuple[bytes | Exception, str]] = [
     (b"HTTP/1.1 400 Bad Request\r\n", "what the server sent is no RESP3: .*'H'|\"H\""),
-    (b"\r\n", "what the server sent is no RESP3"),
-    (b":12a\r\n", "what the server sent is no RESP3"),
-    (b"%1\r\n*0\r\n:1\r\n", "what the server sent is no RESP3: unhashable"),
-    (b"*1\r\n" * 5000, "what the server sent is no RESP3"),
     (EndOfStream(), "the server closed it"),
     (ClosedResourceError(), "it broke: ClosedResourceError"),
     (ConnectionResetError("reset"), "it broke: ConnectionResetError.'reset'"),
@@ -71,224 +58,13 @@ def broken(cause: BaseException) -> BrokenResourceError:
     return error
 
 
-def same(one: object, other: object) -> bool:
-    """Equal in value and type, all the way down, and not-a-number too."""
-    return repr(one) == repr(other)
-
-
 def submit(connection: Connection, count: int = 1) -> tuple[list[Request], list[Request]]:
     """That many requests, and those of them that are done, in the order in which they were."""
     done: list[Request] = []
     return [connection.submit("ECHO", number, done=done.append) for number in range(count)], done
 
 
-# Replies
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_every_kind_of_reply(kind: str) -> None:
-    """A reply arrives as it is, in one piece, split anywhere, byte by byte, or several in one chunk."""
-    wire, value = KINDS[kind]
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        for cut in range(len(wire)):
-            stream.answer(*filter(None, (wire[:cut], wire[cut:])))
-            assert same(await connection.execute("GET"), value)
-        stream.answer(*(wire[at : at + 1] for at in range(len(wire))))
-        assert same(await connection.execute("GET"), value)
-        requests, done = submit(connection, 3)
-        stream.answer(wire * 3 + b"+last\r\n")
-        assert await connection.execute("GET") == b"last"
-        assert done == requests
-        assert all(same(request.result(), value) for request in requests)
-
-
-@pytest.mark.parametrize("feed", ["whole", "split"])
-async def test_a_push_is_no_reply(feed: str) -> None:
-    """A push goes to on_push at once, whether anyone waits for a reply or not, and answers nobody."""
-    stream = ScriptedStream()
-    pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection:
-        wire = b">2\r\n+message\r\n%1\r\n+a\r\n*0\r\n>0\r\n"
-        stream.feed(*([wire] if feed == "whole" else (wire[at : at + 1] for at in range(len(wire)))))
-        await settle()
-        assert pushes == [[b"message", {b"a": []}], []]
-        requests, done = submit(connection)
-        await stream.wrote()
-        stream.feed(b">1\r\n+invalidate\r\n")
-        await settle()
-        assert pushes[2:] == [[b"invalidate"]]
-        assert not done
-        stream.feed(b"+here\r\n")
-        await settle()
-        assert done == requests
-        assert requests[0].result() == b"here"
-
-
-async def test_without_on_push_pushes_are_dropped() -> None:
-    """Nobody has to care for pushes."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b">1\r\n+invalidate\r\n+OK\r\n")
-        assert await connection.execute("PING") == b"OK"
-
-
-async def test_a_push_that_begins_with_null() -> None:
-    """A push answers nobody, whatever is in it."""
-    stream = ScriptedStream()
-    pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection:
-        stream.answer(b">1\r\n_\r\n+OK\r\n")
-        assert await connection.execute("PING") == b"OK"
-        assert pushes == [[None]]
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("NOSCRIPT No matching script.", redis.exceptions.NoScriptError),
-        ("OOM command not allowed when used memory > 'maxmemory'.", redis.exceptions.OutOfMemoryError),
-        ("READONLY You can't write against a read only replica.", redis.exceptions.ReadOnlyError),
-        ("NOPERM this user has no permissions", redis.exceptions.NoPermissionError),
-        ("NOAUTH Authentication required.", redis.exceptions.AuthenticationError),
-        ("WRONGPASS invalid username-password pair", redis.exceptions.AuthenticationError),
-        ("LOADING Redis is loading the dataset in memory", redis.exceptions.BusyLoadingError),
-        ("CLUSTERDOWN Hash slot not served", redis.exceptions.ClusterDownError),
-        ("CROSSSLOT Keys in request don't hash to the same slot", redis.exceptions.ClusterCrossSlotError),
-        ("MASTERDOWN Link with MASTER is down", redis.exceptions.MasterDownError),
-        ("TRYAGAIN Multiple keys request during rehashing of slot", redis.exceptions.TryAgainError),
-        ("ERR max number of clients reached", redis.exceptions.ConnectionError),
-        ("ERR unknown command 'HELLO'", redis.exceptions.ResponseError),
-        ("WRONGTYPE Operation against a key", redis.exceptions.ResponseError),
-        ("MOVED nowhere", redis.exceptions.ResponseError),
-        ("ASK 1 2 3", redis.exceptions.ResponseError),
-        ("MOVED", redis.exceptions.ResponseError),
-        ("", redis.exceptions.ResponseError),
-    ],
-)
-async def test_error_replies(text: str, kind: type[Exception]) -> None:
-    """What the server refuses is the error of the redis package for it, with the server's name and words."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(f"-{text}\r\n".encode())
-        stream.answer(b"+OK\r\n")
-        with pytest.raises(kind) as info:
-            await connection.execute("EVALSHA", "abc", 0)
-        assert type(info.value) is kind
-        assert str(info.value) == f"{NAME}: {text}"
-        assert await connection.execute("PING") == b"OK"
-
-
-@pytest.mark.parametrize(("code", "kind"), [("MOVED", redis.exceptions.MovedError), ("ASK", redis.exceptions.AskError)])
-def test_redirections(code: str, kind: type[redis.exceptions.AskError]) -> None:
-    """A redirection says where to, as in the redis package."""
-    error = to_error(f"{code} 3999 127.0.0.1:6381", NAME)
-    assert type(error) is kind
-    assert (error.slot_id, error.node_addr) == (3999, ("127.0.0.1", 6381))
-
-
-# Subscribe
-
-
-@pytest.mark.parametrize(
-    "command", ["SUBSCRIBE", "UNSUBSCRIBE", "PSUBSCRIBE", "PUNSUBSCRIBE", "SSUBSCRIBE", "SUNSUBSCRIBE"]
-)
-async def test_subscribe_is_confirmed_by_pushes(command: str) -> None:
-    """SUBSCRIBE and its kin are done with the push for their last name; other pushes and replies stay what they are."""
-    stream = ScriptedStream()
-    pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection:
-        done: list[Request] = []
-        before = connection.submit("GET", "k", done=done.append)
-        subscribe = connection.submit(command, "a", "b", done=done.append)
-        after = connection.submit("GET", "k", done=done.append)
-        word = command.lower().encode()
-        message = b">3\r\n+message\r\n+a\r\n+hello\r\n"
-        confirm = b">3\r\n$%d\r\n%s\r\n+%s\r\n:1\r\n"
-        await stream.wrote()
-        stream.feed(
-            message,
-            b":1\r\n" + message + confirm % (len(word), word, b"a") + message,
-        )
-        await settle()
-        assert done == [before]
-        stream.feed(confirm % (len(word), word, b"b") + b":2\r\n" + confirm % (len(word), word, b"late"))
-        await settle()
-        assert done == [before, subscribe, after]
-        assert [request.result() for request in done] == [1, [word, b"b", 1], 2]
-        assert pushes == [[b"message", b"a", b"hello"]] * 3 + [[word, b"late", 1]]
-
-
-async def test_unsubscribe_from_nothing() -> None:
-    """UNSUBSCRIBE without names, when there are no subscriptions, is confirmed by one push."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b">3\r\n+unsubscribe\r\n_\r\n:0\r\n")
-        stream.answer(b"+OK\r\n")
-        assert await connection.execute("UNSUBSCRIBE") == [b"unsubscribe", None, 0]
-        assert await connection.execute("PING") == b"OK"
-
-
-async def test_a_subscription_that_both_sides_end() -> None:
-    """A cluster ends a subscription at the moment when we do: its push is no answer to the next, nor is its late refusal."""
-    stream = ScriptedStream()
-    pushes: list[list[Any]] = []
-    async with serving(stream, on_push=pushes.append) as connection:
-        done: list[Request] = []
-        connection.submit("SUNSUBSCRIBE", "a", done=done.append)
-        connection.fence()
-        connection.submit("GET", "k", done=done.append)
-        await stream.wrote()
-        ended = b">3\r\n+sunsubscribe\r\n+%s\r\n:0\r\n"
-        stream.feed(ended % b"other" + ended % b"a" + b"-MOVED 1 127.0.0.1:1\r\n+PONG\r\n:1\r\n")
-        await settle()
-        assert [request.result() for request in done] == [[b"sunsubscribe", b"a", 0], 1]
-        assert pushes == [[b"sunsubscribe", b"other", 0]]
-
-
-async def test_subscribe_may_be_refused() -> None:
-    """An error in the place of the pushes is the reply to SUBSCRIBE, and whoever is behind gets his own."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b"-NOPERM no permissions to access one of the channels\r\n")
-        stream.answer(b"+OK\r\n")
-        with pytest.raises(redis.exceptions.NoPermissionError, match=f"{NAME}: NOPERM no permissions"):
-            await connection.execute("SUBSCRIBE", "a", "b")
-        assert await connection.execute("PING") == b"OK"
-
-
-async def test_subscribe_wants_pushes() -> None:
-    """A confirmation as in RESP2, by an array, is not understood as anything else: the connection ends."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b"*3\r\n+subscribe\r\n+a\r\n:1\r\n")
-        with pytest.raises(ConnectionLost, match="a reply that nobody asked for: .b'subscribe', b'a', 1."):
-            await connection.execute("SUBSCRIBE", "a")
-
-
 # Writing
-
-
-async def test_commands_as_bytes() -> None:
-    """A command is an array of bulk strings; numbers are written as text, and bytes as they are."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b"+OK\r\n")
-        await connection.execute(b"SET", "é", b"\r\n\xff", 12, 1.5)
-        assert stream.written == [b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa9\r\n$3\r\n\r\n\xff\r\n$2\r\n12\r\n$3\r\n1.5\r\n"]
-
-
-@pytest.mark.parametrize("argument", [None, True, ["a"], "\ud800"])
-async def test_what_cannot_be_written(argument: Any) -> None:
-    """An argument that is no text, bytes or number is refused before anything is queued."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        with pytest.raises((TypeError, UnicodeEncodeError)):
-            await connection.execute("GET", argument)
-        stream.answer(b"+OK\r\n")
-        assert await connection.execute("PING") == b"OK"
-        assert stream.written == [hiredis.pack_command(("PING",))]
-        assert connection.commands == 1
 
 
 async def test_what_is_queued_goes_out_in_one_write() -> None:
@@ -533,26 +309,6 @@ def check_lost(error: ConnectionLost, *, may_have_run: bool) -> None:
     assert str(error).endswith("; the command may have run" if may_have_run else "; the command was not sent")
 
 
-async def test_cut_off_in_the_middle() -> None:
-    """Half a reply is none."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.answer(b"*2\r\n$5\r\nhel", EndOfStream())
-        with pytest.raises(ConnectionLost, match="the server closed it; the command may have run"):
-            await connection.execute("GET", "k")
-
-
-async def test_a_reply_nobody_asked_for() -> None:
-    """A server that answers unasked is not trusted with the next question; the error shows the beginning of the answer."""
-    stream = ScriptedStream()
-    async with serving(stream) as connection:
-        stream.feed(b"+" + b"x" * 1000 + b"\r\n")
-        await connection.wait_ended()
-        with pytest.raises(ConnectionLost, match=r"a reply that nobody asked for: b'x{98}; the command was not sent"):
-            await connection.execute("PING")
-        assert stream.written == []
-
-
 async def test_a_write_that_fails() -> None:
     """A write that failed may have arrived; what is behind it has not."""
     stream = ScriptedStream()
@@ -735,7 +491,9 @@ async def test_a_request_may_have_its_own_timeout(first: str) -> None:
         await stream.wrote()
         await settle()
         with pytest.raises(ConnectionTimeout):
-            await connection.execute("GET", "k", timeout=0.05)
+            request = Request(("GET", "k"), waits=True)
+            connection.send(request, 0.05)
+            await reply_to(request)
         assert isinstance(patient.error, ConnectionTimeout)
 
 
@@ -760,7 +518,8 @@ async def test_an_idle_connection_lives() -> None:
         assert await connection.execute("PING") == b"OK"
         stream.answer(b"+OK\r\n")
         answered = connection.submit("PING")
-        request = connection.submit("PING", timeout=20)
+        request = Request(("PING",))
+        connection.send(request, 20)
         await sleep(0.05)
         assert not connection.ended
         stream.feed(b"+late\r\n")
@@ -768,62 +527,124 @@ async def test_an_idle_connection_lives() -> None:
         assert (answered.result(), request.result()) == (b"OK", b"late")
 
 
+# Real streams
+
+
+class Peer(Listener):
+    """Plays a server on a real socket: answers each ECHO with its number, in pieces, or does what the test says."""
+
+    def __init__(self, behave: Callable[[ByteStream], Awaitable[None]] | None = None, pieces: int = 3) -> None:
+        super().__init__()
+        self.behave = behave
+        self.pieces = pieces
+        self.gone = Event()
+
+    async def serve(self, client: ByteStream, scope: CancelScope) -> None:
+        try:
+            if self.behave is not None:
+                await self.behave(client)
+            reader = hiredis.Reader()
+            async for chunk in client:
+                reader.feed(chunk)
+                replies = b"".join(b"$%d\r\n%s\r\n" % (len(one[1]), one[1]) for one in iter(reader.gets, False))
+                size = len(replies) // self.pieces + 1
+                for start in range(0, len(replies), size):
+                    await client.send(replies[start : start + size])
+        finally:
+            self.gone.set()
+
+
+@asynccontextmanager
+async def talking(peer: Peer, **options: Any) -> AsyncIterator[Connection]:
+    """A connection to ``peer``; when the block is left, both sides have ended."""
+    async with in_time(), peer:
+        async with serving(await connect_tcp(peer.host, peer.port), **options) as connection:
+            yield connection
+        await peer.gone.wait()
+
+
+async def test_each_its_own_reply_on_a_real_stream() -> None:
+    """Hundreds of callers at once, of whom many are cancelled: each of the others gets its own reply."""
+    async with talking(Peer()) as connection, create_task_group() as tasks:
+        callers = [Caller(connection, number) for number in range(300)]
+        for caller in callers:
+            await tasks.start(caller.run)
+            if caller.number % 7 == 0:
+                callers[caller.number // 2].cancel()
+            if caller.number % 50 == 0:
+                await settle()
+    assert [caller.reply for caller in callers if not caller.cancelled] == [
+        b"%d" % caller.number for caller in callers if not caller.cancelled
+    ]
+    assert not any(caller.error for caller in callers)
+    assert sum(not caller.cancelled for caller in callers) > 200
+
+
+async def test_a_peer_that_does_not_read() -> None:
+    """A write that hangs keeps nobody from hearing what the peer says, and a large reply comes whole."""
+    pushes: list[Any] = []
+    go_on = Event()
+
+    async def behave(client: ByteStream) -> None:
+        await client.send(b">3\r\n+message\r\n+a\r\n$1000000\r\n%s\r\n" % (b"\n" * 1_000_000))
+        await go_on.wait()
+
+    def hear(push: list[Any]) -> None:
+        pushes.append(push)
+        go_on.set()
+
+    large = b"x" * 8_000_000
+    async with talking(Peer(behave, pieces=100), on_push=hear) as connection, create_task_group() as tasks:
+        tasks.start_soon(connection.execute, "ECHO", large)
+        assert await connection.execute("ECHO", large) == large
+    assert pushes == [[b"message", b"a", b"\n" * 1_000_000]]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"*2\r\n$5\r\nhel", "the server closed it"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "no RESP3"),
+        (b"*1048577\r\n", "announces more than 1048576 elements"),
+    ],
+)
+async def test_a_peer_that_goes_wrong(said: bytes, words: str) -> None:
+    """Whoever waits is told why, and the socket is closed."""
+
+    async def behave(client: ByteStream) -> None:
+        await client.receive()
+        await client.send(said)
+        if "closed" in words:
+            await client.aclose()
+
+    async with talking(Peer(behave)) as connection:
+        with pytest.raises(ConnectionLost, match=words):
+            await connection.execute("ECHO", "x" * 10)
+        await connection.wait_ended()
+
+
+async def test_a_real_stream_is_closed() -> None:
+    """Whoever cancels run() lets the peer go, also one that is just being written to and does not read."""
+
+    async def behave(client: ByteStream) -> None:
+        await stop.wait()
+
+    stop = Event()
+    peer = Peer(behave)
+    async with in_time(), peer, create_task_group() as tasks:
+        stream = await connect_tcp(peer.host, peer.port)
+        connection = Connection(stream, NAME, timeout=PATIENCE)
+        tasks.start_soon(connection.run)
+        request = connection.submit("ECHO", b"x" * 8_000_000)
+        await settle()
+        tasks.cancel_scope.cancel()
+    with pytest.raises(ConnectionLost, match="it was closed; the command may have run"):
+        request.result()
+    with pytest.raises(ClosedResourceError):
+        await stream.receive()
+
+
 # All at once
-
-Wire = tuple[bytes, Any]
-hashable: st.SearchStrategy[Wire] = st.one_of(
-    st.binary().map(lambda value: (b"$%d\r\n%s\r\n" % (len(value), value), value)),
-    st.from_regex(rb"[^\r\n]*", fullmatch=True).map(lambda value: (b"+%s\r\n" % value, value)),
-    st.integers(-(2**63), 2**63 - 1).map(lambda value: (b":%d\r\n" % value, value)),
-    st.integers().map(lambda value: (b"(%d\r\n" % value, b"%d" % value)),
-    st.binary().map(lambda value: (b"=%d\r\ntxt:%s\r\n" % (len(value) + 4, value), value)),
-    st.floats(allow_nan=False).map(lambda value: (b",%s\r\n" % repr(value).encode(), value)),
-    st.booleans().map(lambda value: (b"#t\r\n" if value else b"#f\r\n", value)),
-    st.sampled_from([b"_\r\n", b"$-1\r\n", b"*-1\r\n"]).map(lambda wire: (wire, None)),
-)
-
-
-def aggregate(sign: bytes, items: list[Wire]) -> Wire:
-    return b"%s%d\r\n" % (sign, len(items)) + b"".join(wire for wire, _ in items), [value for _, value in items]
-
-
-def map_of(pairs: list[tuple[Wire, Wire]]) -> Wire:
-    wire = b"%%%d\r\n" % len(pairs) + b"".join(key + value for (key, _), (value, _) in pairs)
-    return wire, {key: value for (_, key), (_, value) in pairs}
-
-
-replies = st.recursive(
-    hashable,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=5).map(lambda items: aggregate(b"*", items)),
-        st.lists(inner, max_size=5).map(lambda items: aggregate(b"~", items)),
-        st.lists(st.tuples(hashable, inner), max_size=4, unique_by=lambda pair: pair[0][1]).map(map_of),
-    ),
-    max_leaves=8,
-)
-pushes_of = st.lists(replies, max_size=4).map(lambda items: aggregate(b">", items))
-
-
-@each_example_has_a_loop
-@given(st.lists(st.tuples(st.booleans(), replies, pushes_of), max_size=6), st.lists(st.integers(1, 50), min_size=1))
-async def test_whatever_the_server_sends(said: list[tuple[bool, Wire, Wire]], sizes: list[int]) -> None:
-    """Any values, any nesting, split anywhere, replies and pushes mixed: each arrives whole, where it belongs, in order."""
-    stream = ScriptedStream()
-    pushes: list[list[Any]] = []
-    async with serving(stream, patience=5, on_push=pushes.append) as connection:
-        requests, done = submit(connection, sum(1 for is_reply, _, _ in said if is_reply))
-        wire = b"".join(reply[0] if is_reply else push[0] for is_reply, reply, push in said) + b"+OK\r\n"
-        chunks: list[bytes] = []
-        while wire:
-            size = sizes[len(chunks) % len(sizes)]
-            chunks.append(wire[:size])
-            wire = wire[size:]
-        stream.answer(*chunks)
-        assert await connection.execute("PING") == b"OK"
-        assert done == requests
-        assert same([request.result() for request in requests], [value for is_reply, (_, value), _ in said if is_reply])
-        assert same([*map(list, pushes)], [value for is_reply, _, (_, value) in said if not is_reply])
-
 
 steps = st.one_of(
     st.just(("call", 0)),

@@ -33,9 +33,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+expect.set_options(timeout=1000 * PATIENCE)
 MAX_TEXT = 2000
 BACKENDS = ["asyncio", "trio"]
+on_asyncio, on_trio = (pytest.mark.parametrize("backend", [name]) for name in BACKENDS)
+"""What the chat does is the same code on both; these take turns, and what depends on the event loop runs on each."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -166,6 +169,7 @@ def test_signal_with_open_sockets(backend: str, number: int) -> None:
                 visitor.await_message("nothing")
 
 
+@on_trio
 def test_page_and_its_files(demo: Demo) -> None:
     for path, kind in (("/", "text/html"), ("/chat.js", "text/javascript"), ("/chat.css", "text/css")):
         with urllib.request.urlopen(demo.address + path, timeout=PATIENCE) as response:
@@ -187,6 +191,7 @@ def test_ipv6() -> None:
 # The rooms
 
 
+@on_asyncio
 def test_nonsense_is_refused_and_harms_nobody(demo: Demo) -> None:
     with demo.visit("ann") as ann, demo.visit("bob") as bob:
         ann.await_message("joined", name="bob")
@@ -223,6 +228,7 @@ def test_nonsense_is_refused_and_harms_nobody(demo: Demo) -> None:
         bob.await_message("left", name="ann")
 
 
+@on_trio
 def test_what_is_no_websocket(demo: Demo) -> None:
     """Text that is not UTF-8, a frame without mask, unknown frames: the visitor is gone, and the server quiet."""
     host, port = demo.host.split(":")
@@ -283,6 +289,7 @@ def shared_demo() -> Iterator[Demo]:
         demo.stop(signal.SIGINT)
 
 
+@on_trio
 def test_leaving_abruptly_is_leaving(demo: Demo) -> None:
     with demo.visit("ann") as ann, demo.visit("bob") as bob:
         ann.await_message("joined", name="bob")
@@ -344,6 +351,7 @@ def test_many_visitors(backend: str, visitors: int) -> None:
         demo.stop(signal.SIGTERM)
 
 
+@on_trio
 def test_slow_visitor_stalls_nobody(demo: Demo) -> None:
     """Two stop reading. One goes on later and learns what it missed, one never does: the demo must end all the same."""
     text = "\U0001f600" * MAX_TEXT
@@ -519,6 +527,7 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 
 
 @pytest.mark.browser
+@on_asyncio
 def test_two_tabs(demo: Demo, open_tab: Callable[..., Tab]) -> None:
     ann = open_tab(demo, "ann")
     bob = open_tab(demo, "<b>bob</b>")

@@ -23,6 +23,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from anyio_channels import BaseChannelLayer, ChannelFull, RedisChannelLayer, create_channel_layer
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 60.0
 DOCS = ROOT / "docs"
 PYTHON = [sys.executable, "-P", "-W", "error"]
@@ -218,19 +220,24 @@ def test_workers_in_several_processes(backend: str, server: RedisServer, tmp_pat
 # A layer of one's own
 
 
-@pytest.mark.slow
-def test_the_kit_finds_nothing_wrong_with_the_hub(tmp_path: Path) -> None:
-    """The layer of the page keeps the contract on both backends, as the page shows."""
-    kit, talker = (
-        block
-        for block in write_files("howto/own-layer.md", tmp_path)
-        if block.output is not None and block.file is not None
-    )
-    for block in (kit, talker):
-        assert block.file is not None
-        result = call(tmp_path, block.file)
+def run_files(directory: Path, *names: str) -> None:
+    """Run these files of the page: each prints what the page says."""
+    files = {block.file: block.output for block in write_files("howto/own-layer.md", directory)}
+    for name in names:
+        result = call(directory, name)
         assert result.returncode == 0, result.stderr
-        assert result.stdout == block.output
+        assert result.stdout == files[name]
+
+
+def test_the_layer_over_a_relay(tmp_path: Path) -> None:
+    """The layer of the page connects processes, comes back after an outage, and tells of it, as the page shows."""
+    run_files(tmp_path, "outage.py", "talker.py")
+
+
+@pytest.mark.slow
+def test_the_kit_finds_nothing_wrong_with_the_layer_over_a_relay(tmp_path: Path) -> None:
+    """The layer of the page keeps the contract on both backends, as the page shows."""
+    run_files(tmp_path, "kit.py")
 
 
 # Testing
@@ -345,21 +352,17 @@ def test_rights_suffice(server: RedisServer) -> None:
         use_on_both(f"redis+pubsub://shop-live:secret@{server.host}:{server.port}/0")
 
 
-def test_rights_suffice_on_a_cluster(tmp_path: Path) -> None:
+def test_rights_suffice_on_a_cluster(cluster: RedisCluster) -> None:
     """The same on a cluster."""
-    with (
-        RedisCluster(tmp_path) as cluster,
-        nothing_is_refused(cluster.nodes, "shop-nodes", "shop-live-nodes"),
-    ):
+    with nothing_is_refused(cluster.nodes, "shop-nodes", "shop-live-nodes"):
         nodes = ",".join(f"{node.host}:{node.port}" for node in cluster.nodes[:2])
         use_on_both(f"redis+cluster://shop-nodes:secret@{nodes}")
         use_on_both(f"redis+cluster+pubsub://shop-live-nodes:secret@{nodes}")
 
 
-def test_rights_suffice_with_sentinel(tmp_path: Path) -> None:
+def test_rights_suffice_with_sentinel(sentinels: Sentinels) -> None:
     """The same behind Sentinel, which is asked and listened to by a user of its own."""
     with (
-        Sentinels(tmp_path) as sentinels,
         nothing_is_refused(sentinels.servers, "shop", "shop-live"),
         nothing_is_refused(sentinels.sentinels, "shop-watch"),
     ):

@@ -15,7 +15,9 @@ from anyio import create_task_group, fail_after, sleep, to_thread
 from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
 from redis_server import RedisServer
 
-pytestmark = pytest.mark.anyio
+from anyio_channels.redis.wire import Names
+
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 PATIENCE = 20.0
 MESSAGE = {"type": "chat.message", "text": "héllo", "list": [1, -5, 2.5, True, None], "dict": {"a": {"b": []}}}
@@ -290,8 +292,8 @@ def test_keys_are_theirs(redis_server: RedisServer) -> None:
 
     ours = QUEUE.layer_class([redis_server.url], prefix="p")
     theirs = Theirs(hosts=[redis_server.url], prefix="p")
-    assert ours.group_key("room").encode() == theirs._group_key("room")
-    assert ours.channel_key("a.b!c") == "p" + theirs.non_local_name("a.b!c")
+    assert Names(ours.prefix).group("room").encode() == theirs._group_key("room")
+    assert Names(ours.prefix).channel("a.b!c") == "p" + theirs.non_local_name("a.b!c")
     assert isinstance(redis_server.client(), redis.Redis)
 
 

@@ -25,6 +25,8 @@ from starlette.routing import Route
 
 from anyio_channels import BaseChannelLayer, ChannelLayerRegistry, InMemoryChannelLayer, create_channel_layer
 
+pytestmark = pytest.mark.two_loops
+
 PATIENCE = 20.0
 asynchronous = pytest.mark.anyio
 

@@ -14,13 +14,16 @@ from typing import Any, Self
 import pytest
 from anyio import create_task_group, fail_after, to_thread
 from conftest import Clock
-from layers_on_redis import PATIENCE, PUBSUB, QUEUE, Kind, both, hold_inbox, new_prefix, until
+from layers_on_redis import PATIENCE, PUBSUB, QUEUE, Kind, arrives, both, hold_inbox, new_prefix, session, until
 from redis_server import Proxy, RedisServer, free_port
 
 import anyio_channels
 from anyio_channels import InMemoryChannelLayer, log
 from anyio_channels.log import EVENTS, LogEvent, Troubles
+from anyio_channels.redis.wire import Names
 from anyio_channels.sync import SyncChannelLayer
+
+pytestmark = pytest.mark.two_loops
 
 DOCS = Path(__file__).parent.parent / "docs" / "observability.md"
 PACKAGE = Path(anyio_channels.__file__).parent
@@ -309,12 +312,12 @@ async def test_unreadable(kind: Kind, redis_server: RedisServer, lines: Lines) -
                 if kind is PUBSUB:
                     client.publish(inbox.channel, f"\xc1 {SECRET}")
                 else:
-                    client.zadd(layer.channel_key(inbox.channel), {f"{number:12d}\xc1 {SECRET}": 2**40})
+                    client.zadd(Names(layer.prefix).channel(inbox.channel), {f"{number:12d}\xc1 {SECRET}": 2**40})
         await until(lambda: layer.statistics().dropped_unreadable == 5)
         tg.cancel_scope.cancel()
     found = lines.of(log.MESSAGE_UNREADABLE)
     assert [line["count"] for line in found] == [1, 4]
-    key = inbox.channel if kind is PUBSUB else layer.channel_key(inbox.channel)
+    key = inbox.channel if kind is PUBSUB else Names(layer.prefix).channel(inbox.channel)
     assert {line["key"] for line in found} == {key}
 
 
@@ -345,7 +348,7 @@ async def test_a_connection_that_comes_and_goes(server: RedisServer, lines: Line
     """A server that ends each connection at once is one line in ten seconds, which says how often."""
     layer = PUBSUB.layer_class([server.url])
     async with layer:
-        (link,) = layer._links
+        (link,) = layer.options.router.running
         link._troubles._clock = clock
 
         async def kill() -> None:
@@ -389,14 +392,15 @@ async def test_never_reached(kind: Kind, redis_server: RedisServer, lines: Lines
 @pytest.mark.anyio
 async def test_keep_alive_and_closing_without_an_answer(server: RedisServer, lines: Lines) -> None:
     """keep_alive.failed and close.unfinished: Redis stands still, and then the layer is closed."""
-    layer = QUEUE.layer_class([server.url], timeout=0.2, keep_alive=0.1, prefix=new_prefix())
+    # The connection gives up long before closing does.
+    hosts = [f"{server.url}?socket_timeout=0.2"]
+    layer = QUEUE.layer_class(hosts, timeout=PATIENCE, keep_alive=0.1, prefix=new_prefix())
     async with layer:
         server.pause()
         await until(lambda: lines.of(log.KEEP_ALIVE_FAILED))
         server.resume()
-        await until(lambda: layer._topology.links[0].connection is not None)
+        await until(lambda: layer.options.router.links[0].connection is not None)
         server.pause()
-        layer.timeout = PATIENCE  # so that it is the connection that gives up first
     server.resume()
     assert lines.of(log.KEEP_ALIVE_FAILED)[0]["server"] == f"Redis at {server.host}:{server.port}"
     assert lines.of(log.CLOSE_UNFINISHED)[0]["server"] == f"Redis at {server.host}:{server.port}"
@@ -409,29 +413,25 @@ async def test_what_redis_refuses(server: RedisServer, lines: Lines) -> None:
     async with layer, create_task_group() as tg:
         inbox = await tg.start(hold_inbox, layer, "room")
         with server.client() as client:
-            client.delete(layer.channel_key(inbox.channel))
-            client.set(layer.channel_key(inbox.channel), "text")
+            client.delete(Names(layer.prefix).channel(inbox.channel))
+            client.set(Names(layer.prefix).channel(inbox.channel), "text")
             await until(lambda: lines.of(log.POP_REFUSED))
-            client.delete(layer.channel_key(inbox.channel))
-            client.set(layer.channel_key("a"), "text")
-            client.delete(layer.group_key("room"))
-            client.set(layer.group_key("room"), "text")
-            layer._rejoin(layer._topology.links[0])
+            client.delete(Names(layer.prefix).channel(inbox.channel))
+            client.set(Names(layer.prefix).channel("a"), "text")
+            client.delete(Names(layer.prefix).group("room"))
+            client.set(Names(layer.prefix).group("room"), "text")
+            session(layer).memberships.renew(layer.options.router.links[0])
             await until(lambda: lines.of(log.MEMBERSHIP_REFUSED))
-            client.delete(layer.group_key("room"))
-        source = layer._channel("a")
-        sealed = layer._codec.seal(layer._codec.encode({"n": 1}))
-        layer.put_normal(
-            source, sealed, str(layer._topology.links[0].server_time), layer._topology.links[0].server_time
-        )
-        layer.look_after(source)
+            client.delete(Names(layer.prefix).group("room"))
+        source = session(layer).here.find("a")
+        arrives(layer, source, b"%12d\x80" % 0, layer.options.router.links[0].server_time)
         await until(lambda: lines.of(log.GIVE_BACK_FAILED))
         with server.client() as client:
-            client.delete(layer.channel_key("a"))
+            client.delete(Names(layer.prefix).channel("a"))
         tg.cancel_scope.cancel()
     assert "WRONGTYPE" in lines.of(log.POP_REFUSED)[0]["error"]
     assert "WRONGTYPE" in lines.of(log.MEMBERSHIP_REFUSED)[0]["error"]
-    assert lines.of(log.GIVE_BACK_FAILED)[0]["key"] == layer.channel_key("a")
+    assert lines.of(log.GIVE_BACK_FAILED)[0]["key"] == Names(layer.prefix).channel("a")
 
 
 @pytest.mark.anyio

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,33 +20,30 @@ from layers_on_redis import (
     QUEUE,
     Books,
     Kind,
+    arrives,
     both,
+    events,
     hears,
     hold_inbox,
+    link_to_channel,
     new_prefix,
     pass_on_both,
+    session,
+    subscriptions,
     until,
 )
+from ormsgpack import packb
 from redis.crc import key_slot
 from redis_server import RedisCluster, RedisServer, free_port
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
-from anyio_channels.layers.redis.cluster import Cluster
+from anyio_channels.redis.client import make_router
+from anyio_channels.redis.duplicates import Marks
+from anyio_channels.redis.queue.channels import QueueChannel, State
+from anyio_channels.redis.wire import Names
 from anyio_channels.testing import Check, contract_machine
 
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A cluster that no test disturbs."""
-    with RedisCluster(tmp_path_factory.mktemp("quiet")) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A cluster of the test's own, to be damaged."""
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
+pytestmark = pytest.mark.two_loops
 
 
 def make(kind: Kind, hosts: Any, **options: Any) -> Any:
@@ -57,19 +53,19 @@ def make(kind: Kind, hosts: Any, **options: Any) -> Any:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "check"), CASES)
-async def test_layer_passes_on_a_cluster(kind: Kind, check: Check, quiet: RedisCluster) -> None:
-    """Each layer on a cluster keeps every clause that applies to it, on every backend."""
-    await check(kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True), kind.features)
+@pytest.mark.diagonal(("kind", "check"), CASES, start=2)
+async def test_layer_passes_on_a_cluster(kind: Kind, check: Check, quiet_cluster: RedisCluster) -> None:
+    """Each layer on a cluster keeps every clause that applies to it."""
+    await check(kind.factory(*quiet_cluster.nodes[:3], hosts=quiet_cluster.hosts, cluster=True), kind.features)
 
 
 @both
 @pytest.mark.slow
 def test_layer_on_a_cluster_matches_the_model(
-    kind: Kind, quiet: RedisCluster, anyio_backend: tuple[str, dict[str, Any]]
+    kind: Kind, quiet_cluster: RedisCluster, anyio_backend: tuple[str, dict[str, Any]]
 ) -> None:
     """Each layer on a cluster does what the plain-dict model does, on every backend."""
-    factory = kind.factory(*quiet.nodes[:3], hosts=quiet.hosts, cluster=True)
+    factory = kind.factory(*quiet_cluster.nodes[:3], hosts=quiet_cluster.hosts, cluster=True)
     run_state_machine_as_test(
         contract_machine(factory, *anyio_backend, features=kind.features),
         settings=settings(settings(), max_examples=5, stateful_step_count=30, suppress_health_check=list(HealthCheck)),
@@ -78,17 +74,19 @@ def test_layer_on_a_cluster_matches_the_model(
 
 @pytest.mark.anyio
 @both
-async def test_names_are_spread_and_all_arrive(kind: Kind, quiet: RedisCluster) -> None:
+async def test_names_are_spread_and_all_arrive(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """Process-specific channels, normal channels and groups arrive from any node; then no server has more than one connection."""
-    one = make(kind, quiet.hosts)
-    await pass_on_both(one, make(kind, quiet.hosts[1:], prefix=one.prefix), kind, 3)
-    assert repr(one).startswith(f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet.nodes[0].port}, ")
+    one = make(kind, quiet_cluster.hosts)
+    await pass_on_both(one, make(kind, quiet_cluster.hosts[1:], prefix=one.prefix), kind, 3)
+    assert repr(one).startswith(
+        f"<{kind.layer_class.__name__} Redis Cluster at 127.0.0.1:{quiet_cluster.nodes[0].port}, "
+    )
 
 
 @pytest.mark.anyio
-async def test_members_in_many_slots(quiet: RedisCluster) -> None:
+async def test_members_in_many_slots(quiet_cluster: RedisCluster) -> None:
     """A broadcast to members in many slots reaches each; who is full is counted; flushing empties every node."""
-    async with make(QUEUE, quiet.hosts, capacity=1) as layer, make(QUEUE, quiet.hosts) as stranger:
+    async with make(QUEUE, quiet_cluster.hosts, capacity=1) as layer, make(QUEUE, quiet_cluster.hosts) as stranger:
         channels = [f"member{number}" for number in range(30)]
         for channel in channels:
             await layer.group_add("room", channel)
@@ -100,16 +98,16 @@ async def test_members_in_many_slots(quiet: RedisCluster) -> None:
         await stranger.send("spared", {"n": 3})
         await layer.flush()
         assert await layer.group_channels("room") == set()
-        for node in quiet.nodes[:3]:
+        for node in quiet_cluster.nodes[:3]:
             with node.client() as client:
                 assert not [key for key in client.keys(f"{layer.prefix}*") if b"member" in key or b"group" in key]
         assert await stranger.receive("spared") == {"n": 3}
 
 
 @pytest.mark.anyio
-async def test_senders_who_wait(quiet: RedisCluster) -> None:
+async def test_senders_who_wait(quiet_cluster: RedisCluster) -> None:
     """send(wait=True) hears of room, in whatever slot."""
-    async with make(QUEUE, quiet.hosts, capacity=1) as layer:
+    async with make(QUEUE, quiet_cluster.hosts, capacity=1) as layer:
         for channel in ("a", "b", "c", "d"):
             await layer.send(channel, {"n": 0})
             async with create_task_group() as tg:
@@ -119,13 +117,13 @@ async def test_senders_who_wait(quiet: RedisCluster) -> None:
 
 
 def owned_by(layer: Any, key: str, node: RedisServer) -> bool:
-    return bool(layer._topology.owner("", key).endpoint.port == node.port)
+    return bool(layer.options.router.owner("", key).server.address.port == node.port)
 
 
 def owning(layer: Any, channel: str) -> int:
     """The port of the node that owns ``channel``."""
-    name = layer.channel_key(channel) if isinstance(layer, RedisChannelLayer) else channel
-    port: int = layer._topology.owner("", name).endpoint.port
+    name = Names(layer.prefix).channel(channel) if isinstance(layer, RedisChannelLayer) else channel
+    port: int = layer.options.router.owner("", name).server.address.port
     return port
 
 
@@ -153,7 +151,7 @@ async def test_failover_under_load(kind: Kind, cluster: RedisCluster) -> None:
             with fail_after(PATIENCE):
                 while (await tolerant.receive()) != {"n": 1}:
                     pass
-        assert len(layer._topology.links) == 3
+        assert len(layer.options.router.links) == 3
         tg.cancel_scope.cancel()
     books.received.remove(10**9)
     books.balance()
@@ -195,8 +193,12 @@ async def test_slot_migrated_under_load(kind: Kind, cluster: RedisCluster) -> No
         tg.start_soon(books.send)
         tg.start_soon(books.receive)
         await books.go_on()
-        keys = [layer.group_key("room")]
-        keys += [inbox.channel] if kind is PUBSUB else [layer.channel_key(inbox.channel), layer.channel_key("work")]
+        keys = [Names(layer.prefix).group("room")]
+        keys += (
+            [inbox.channel]
+            if kind is PUBSUB
+            else [Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).channel("work")]
+        )
         for key in keys:
             slot = key_slot(key.encode())
             source = cluster.owner(slot)
@@ -224,7 +226,7 @@ def pause() -> None:
 async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
     """While a slot moves, keys that moved are found at its new node (ASK), those that did not at its old one."""
     async with make(QUEUE, cluster.hosts, capacity=2) as layer, make(QUEUE, cluster.hosts) as other:
-        slot = key_slot(layer.channel_key("work").encode())
+        slot = key_slot(Names(layer.prefix).channel("work").encode())
         source = cluster.owner(slot)
         target = next(node for node in cluster.nodes[:3] if node is not source)
         await layer.send("work", {"n": 0})
@@ -232,7 +234,7 @@ async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
         cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
         await layer.send("work", {"n": 1})  # the key is still at the source
         with source.client() as client:
-            client.execute_command("MIGRATE", target.host, target.port, layer.channel_key("work"), 0, 5000)
+            client.execute_command("MIGRATE", target.host, target.port, Names(layer.prefix).channel("work"), 0, 5000)
         with pytest.raises(ChannelFull):
             await layer.send("work", {"n": 2})  # asked for at the target
         with fail_after(PATIENCE):
@@ -244,7 +246,7 @@ async def test_in_the_middle_of_a_migration(cluster: RedisCluster) -> None:
                 got.append(await layer.receive("work"))
 
             tg.start_soon(read)
-            await until(lambda: layer._notices.blocked)
+            await until(lambda: session(layer).notices.blocked)
             await layer.send("work", {"n": 3})
             for node in cluster.nodes[:3]:
                 cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(target, "MYID"))
@@ -264,9 +266,9 @@ async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: p
         tg.start_soon(books.receive)
         await books.go_on()
         added = await anyio.to_thread.run_sync(cluster.add_node)
-        key = inbox.channel if kind is PUBSUB else layer.channel_key(inbox.channel)
+        key = inbox.channel if kind is PUBSUB else Names(layer.prefix).channel(inbox.channel)
         await anyio.to_thread.run_sync(cluster.migrate, key_slot(key.encode()), added)
-        await until(lambda: layer._topology.owner("", key).endpoint.port == added.port)
+        await until(lambda: layer.options.router.owner("", key).server.address.port == added.port)
         await books.go_on()
         assert layer.statistics().connections == 4
         tg.cancel_scope.cancel()
@@ -275,12 +277,15 @@ async def test_node_added(kind: Kind, cluster: RedisCluster, tmp_path_factory: p
 
 
 @pytest.mark.anyio
-async def test_clusterdown(cluster: RedisCluster) -> None:
+async def test_clusterdown(cluster: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A slot that nobody serves for a while: senders and readers wait for it, within the time-out."""
-    async with make(QUEUE, cluster.hosts) as layer, make(QUEUE, cluster.hosts, timeout=0.3) as hasty:
-        slot = key_slot(layer.channel_key("work").encode())
+    prefix = new_prefix()
+    async with (
+        make(QUEUE, cluster.hosts, prefix=prefix) as layer,
+        make(QUEUE, cluster.hosts, prefix=prefix, timeout=0.3) as hasty,
+    ):
+        slot = key_slot(Names(layer.prefix).channel("work").encode())
         owner = cluster.owner(slot)
-        hasty.prefix = layer.prefix
         for node in cluster.nodes[:3]:
             cluster.ask(node, "DELSLOTS", slot)
         with pytest.raises(redis.exceptions.ClusterDownError, match="Hash slot not served"):
@@ -298,7 +303,7 @@ async def test_clusterdown(cluster: RedisCluster) -> None:
 
             tg.start_soon(read)
             tg.start_soon(layer.send, "work", {"n": 1})
-            await until(lambda: layer._notices.trouble)
+            await until(lambda: "readers go on waiting" in caplog.text)
             for node in cluster.nodes[:3]:
                 cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(owner, "MYID"))
             await until(lambda: got == [{"n": 1}])
@@ -328,9 +333,9 @@ async def test_who_may_have_missed_something_is_told(kind: Kind, cluster: RedisC
 
 @pytest.mark.anyio
 @both
-async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
+async def test_connections_cut(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """All connections are killed: readers go on when they are back, and all that was sent before waits or is told of."""
-    async with make(kind, cluster.hosts) as layer, create_task_group() as tg:
+    async with make(kind, quiet_cluster.hosts) as layer, create_task_group() as tg:
         inbox = await tg.start(hold_inbox, layer, "room")
         got: list[Any] = []
 
@@ -339,7 +344,7 @@ async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
 
         tg.start_soon(read)
         await anyio.wait_all_tasks_blocked()
-        for node in cluster.nodes[:3]:
+        for node in quiet_cluster.nodes[:3]:
             with node.client() as client:
                 client.client_kill_filter(skipme=True, _type="normal")
                 client.client_kill_filter(skipme=True, _type="pubsub")
@@ -356,17 +361,17 @@ async def test_connections_cut(kind: Kind, cluster: RedisCluster) -> None:
 
 @pytest.mark.anyio
 @both
-async def test_opening(kind: Kind, quiet: RedisCluster, redis_server: RedisServer) -> None:
+async def test_opening(kind: Kind, quiet_cluster: RedisCluster, redis_server: RedisServer) -> None:
     """The first node may be gone; a server that is no cluster, a wrong password, nobody there: told within seconds."""
     gone = ("127.0.0.1", free_port())
-    async with make(kind, [gone, quiet.hosts[0]]) as layer:
+    async with make(kind, [gone, quiet_cluster.hosts[0]]) as layer:
         assert layer.statistics().connections == 3
     with pytest.raises(redis.exceptions.ResponseError, match="cluster support disabled"):
         await make(kind, [redis_server.url]).open()
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]} cannot be reached"):
         await make(kind, [gone], connect_timeout=0.3).open()
     with pytest.raises(redis.exceptions.AuthenticationError) as caught:
-        await make(kind, [f"redis://nobody:wr0ng@127.0.0.1:{quiet.nodes[0].port}"]).open()
+        await make(kind, [f"redis://nobody:wr0ng@127.0.0.1:{quiet_cluster.nodes[0].port}"]).open()
     assert "wr0ng" not in str(caught.value)
 
 
@@ -418,42 +423,64 @@ def test_slots_of_what_belongs_together() -> None:
     for prefix in ("asgi", "{app}", "x{app}y"):
         layer = RedisChannelLayer(cluster=True, prefix=prefix)
         for name in ("work", "specific.abc!"):
-            key = layer.channel_key(name)
+            key = Names(layer.prefix).channel(name)
             assert (
-                key_slot(layer.note_key(key).encode())
-                == key_slot(layer.room_key(key).encode())
+                key_slot(Names(layer.prefix).sent(key).encode())
+                == key_slot(Names(layer.prefix).room(key).encode())
                 == key_slot(key.encode())
             )
-    assert Cluster(None).name == "Redis Cluster at localhost:6379"
+    assert make_router(None, cluster=True).name == "Redis Cluster at localhost:6379"
+
+
+def owners(layer: Any) -> list[Any]:
+    """Who owns each slot, as the layer sees it; to be put wrong."""
+    found: list[Any] = layer.options.router._owners
+    return found
+
+
+def assign(layer: Any, found: dict[int, Any]) -> None:
+    """Have the layer hear that some slots have these owners."""
+    layer.options.router._assign(found)
+
+
+def forget_moves(layer: Any) -> None:
+    """Have the layer believe the next MOVED, however soon after another one it comes."""
+    layer.options.router._moved_at.clear()
+
+
+async def ask(layer: Any) -> tuple[str, list[Any]]:
+    """Have the layer ask who owns what."""
+    told: tuple[str, list[Any]] = await layer.options.router._ask()
+    return told
 
 
 def other_owner(layer: Any, key: str) -> Any:
     """A link to a node that does not own ``key``."""
-    owner = layer._topology.owner("", key)
-    return next(link for link in layer._topology.links if link is not owner)
+    owner = layer.options.router.owner("", key)
+    return next(link for link in layer.options.router.links if link is not owner)
 
 
 @pytest.mark.anyio
 @both
-async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> None:
+async def test_a_map_that_is_out_of_date(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """Whatever a process does first after a change that it did not hear of, it is sent on."""
-    async with make(kind, quiet.hosts) as layer, make(kind, quiet.hosts, prefix=new_prefix()) as other:
-        topology = layer._topology
-        right = list(topology._owners)
+    async with make(kind, quiet_cluster.hosts) as layer, make(kind, quiet_cluster.hosts, prefix=new_prefix()) as other:
+        topology = layer.options.router
+        right = list(owners(layer))
         for number in range(3):
-            topology._owners = [topology.links[number]] * len(right)
+            owners(layer)[:] = [topology.links[number]] * len(right)
             async with layer.subscribe(f"room{number}") as inbox:
-                topology._owners = [topology.links[(number + 1) % 3]] * len(right)
+                owners(layer)[:] = [topology.links[(number + 1) % 3]] * len(right)
                 await layer.group_send(f"room{number}", {"n": 1})
-                topology._owners = [topology.links[(number + 2) % 3]] * len(right)
+                owners(layer)[:] = [topology.links[(number + 2) % 3]] * len(right)
                 with fail_after(PATIENCE):
                     assert await inbox.receive() == {"n": 1}
                 await layer.send(inbox.channel, {"n": 2})
                 with fail_after(PATIENCE):
                     assert await inbox.receive() == {"n": 2}
-                topology._owners = [topology.links[number]] * len(right)  # leaving goes astray as well
+                owners(layer)[:] = [topology.links[number]] * len(right)  # leaving goes astray as well
         topology.refresh_soon()
-        await until(lambda: topology._owners == right)
+        await until(lambda: owners(layer) == right)
         for number in range(3):
             with fail_after(PATIENCE):
                 while kind is QUEUE and await other.group_channels(f"room{number}"):
@@ -461,11 +488,11 @@ async def test_a_map_that_is_out_of_date(kind: Kind, quiet: RedisCluster) -> Non
 
 
 @pytest.mark.anyio
-async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) -> None:
+async def test_what_a_cluster_says_twice_is_delivered_once(quiet_cluster: RedisCluster) -> None:
     """The same bytes, published twice, are one message: nodes that take over from each other do that."""
-    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
-        payload = layer._codec.seal(layer._codec.encode({"n": 1}), layer._marks.next())
-        link = layer._topology.owner("", inbox.channel)
+    async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe() as inbox:
+        payload = Marks().next() + packb({"n": 1})
+        link = layer.options.router.owner("", inbox.channel)
         for _ in range(2):
             assert await link.execute("SPUBLISH", inbox.channel, payload) == 1
         await layer.send(inbox.channel, {"n": 2})
@@ -474,40 +501,40 @@ async def test_what_a_cluster_says_twice_is_delivered_once(quiet: RedisCluster) 
 
 
 @pytest.mark.anyio
-async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
+async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None:
     """A subscription that is asked for, restored or waited for at the wrong node, or given up meanwhile, ends where it should."""
-    async with make(PUBSUB, quiet.hosts) as layer, layer.subscribe() as inbox:
+    async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe() as inbox:
         name = inbox.channel
         wrong = other_owner(layer, name)
         # Restored at the wrong node.
-        layer.subscriptions.wanted[name].link = wrong
-        layer.subscriptions.wanted[name].confirmed = False
+        subscriptions(layer).wanted[name].link = wrong
+        subscriptions(layer).wanted[name].confirmed = False
         wrong.connection.end("the test said so")
-        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
         # Asked for at the wrong node.
-        layer.subscriptions.wanted[name].link = wrong
-        layer.subscriptions.wanted[name].confirmed = False
-        layer._topology._moved_at.clear()
-        layer.subscriptions.ask(name)
-        layer.subscriptions.ask(name)
-        await until(lambda: layer.subscriptions.wanted[name].link is not wrong and hears(layer, name))
+        subscriptions(layer).wanted[name].link = wrong
+        subscriptions(layer).wanted[name].confirmed = False
+        forget_moves(layer)
+        subscriptions(layer).ask(name)
+        subscriptions(layer).ask(name)
+        await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
         # The server says that it ended one, also one that nobody wants any more; and one given up before it is confirmed.
-        layer._pushed([b"sunsubscribe", name.encode(), 0])
-        layer._pushed([b"sunsubscribe", b"unknown", 0])
+        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", name.encode(), 0])
+        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", b"unknown", 0])
         assert not hears(layer, name)
         await until(lambda: hears(layer, name))
-        layer.subscriptions.want("given up")
-        layer.subscriptions.ask("given up")
-        layer.subscriptions.unwant("given up")
+        subscriptions(layer).want("given up")
+        subscriptions(layer).ask("given up")
+        subscriptions(layer).unwant("given up")
         # Two nodes that send one back and forth do so with pauses.
-        moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.endpoint.port}")
-        owner = layer._topology.owner("", name)
-        layer._topology._moved_at.clear()
-        layer._topology.follow(moved)
-        assert layer._topology.owner("", name) is wrong
-        layer._topology._assign({key_slot(name.encode()): owner})
-        layer._topology.follow(moved)
-        assert layer._topology.owner("", name) is owner
+        moved = redis.exceptions.MovedError(f"{key_slot(name.encode())} 127.0.0.1:{wrong.server.address.port}")
+        owner = layer.options.router.owner("", name)
+        forget_moves(layer)
+        layer.options.router.follow(moved)
+        assert layer.options.router.owner("", name) is wrong
+        assign(layer, {key_slot(name.encode()): owner})
+        layer.options.router.follow(moved)
+        assert layer.options.router.owner("", name) is owner
         await layer.send(name, {"n": 1})
         await until(lambda: hears(layer, name))
         await layer.send(name, {"n": 2})
@@ -518,12 +545,12 @@ async def test_subscriptions_that_go_astray(quiet: RedisCluster) -> None:
 
 @pytest.mark.anyio
 @both
-async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisCluster) -> None:
+async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """A caller that waits for a node's connection is sent on when that node is not used any more."""
-    async with make(kind, quiet.hosts) as layer, create_task_group() as tg:
-        topology = layer._topology
-        right = list(topology._owners)
-        topology._owners = [topology.link_to(("127.0.0.1", free_port()))] * len(right)
+    async with make(kind, quiet_cluster.hosts) as layer, create_task_group() as tg:
+        topology = layer.options.router
+        right = list(owners(layer))
+        owners(layer)[:] = [topology.link_to("127.0.0.1", free_port())] * len(right)
         inboxes: list[Any] = []
 
         async def subscribe() -> None:
@@ -533,7 +560,7 @@ async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisClust
         tg.start_soon(layer.send, "anywhere", {"n": 1})
         await anyio.wait_all_tasks_blocked()
         topology.refresh_soon()
-        await until(lambda: inboxes and topology._owners == right)
+        await until(lambda: inboxes and owners(layer) == right)
         await layer.group_send("room", {"n": 1})
         with fail_after(PATIENCE):
             assert await inboxes[0].receive() == {"n": 1}
@@ -542,32 +569,51 @@ async def test_waiting_for_a_node_that_is_given_up(kind: Kind, quiet: RedisClust
 
 
 @pytest.mark.anyio
-async def test_what_is_heard_while_a_message_is_fetched(quiet: RedisCluster) -> None:
+async def test_what_is_heard_while_a_message_is_fetched(quiet_cluster: RedisCluster) -> None:
     """It makes another fetch follow, when the first found nothing."""
-    async with make(QUEUE, quiet.hosts) as layer, create_task_group() as tg:
+    async with make(QUEUE, quiet_cluster.hosts) as layer, create_task_group() as tg:
         got: list[Any] = []
 
         async def read() -> None:
             got.append(await layer.receive("work"))
 
         tg.start_soon(read)
-        await until(lambda: layer._notices.blocked)
-        source = layer._here.channels["work"]
-        layer._notices.heard(source.key)
-        assert source.fetching
-        layer._notices.heard(source.key)
-        await until(lambda: layer._notices.blocked)
-        layer._notices.heard("unknown")
-        layer._notices.heard(next(iter(layer._notices.own), source.key))
+        await until(lambda: session(layer).notices.blocked)
+        source = session(layer).here.channels["work"]
+        assert isinstance(source, QueueChannel)
+        session(layer).notices.heard(source.key)
+        assert source.state is State.FETCHING
+        session(layer).notices.heard(source.key)
+        await until(lambda: session(layer).notices.blocked)
+        session(layer).notices.heard("unknown")
+        session(layer).notices.try_again()  # looks at what is waited for
+        await until(lambda: session(layer).notices.blocked)
+        session(layer).notices.heard(next(iter(session(layer).notices.own), source.key))
         await layer.send("work", {"n": 1})
         await until(lambda: got == [{"n": 1}])
 
 
 @pytest.mark.anyio
+async def test_what_is_heard_while_a_key_is_drained(quiet_cluster: RedisCluster) -> None:
+    """It makes the key be drained once more, however often it is heard: the first may have come too early."""
+    async with make(QUEUE, quiet_cluster.hosts, keep_alive=60) as layer, layer.subscribe() as inbox:
+        key = Names(layer.prefix).channel(inbox.channel)
+        await until(lambda: hears(layer, Names(layer.prefix).sent(key)))
+        await session(layer).notices.until_ended()
+        before = layer.statistics().commands
+        for _ in range(3):
+            session(layer).notices.heard(key)
+        connection = link_to_channel(layer, inbox.channel).connection
+        assert connection is not None
+        await until(lambda: not connection.pending)
+        assert layer.statistics().commands == before + 2
+
+
+@pytest.mark.anyio
 @both
-async def test_a_prefix_with_a_tag(kind: Kind, quiet: RedisCluster) -> None:
+async def test_a_prefix_with_a_tag(kind: Kind, quiet_cluster: RedisCluster) -> None:
     """All is on one node; the others are kept alive all the same."""
-    async with make(kind, quiet.hosts, prefix="{" + new_prefix() + "}", keep_alive=0.05) as layer:
+    async with make(kind, quiet_cluster.hosts, prefix="{" + new_prefix() + "}", keep_alive=0.05) as layer:
         async with layer.subscribe("room") as inbox:
             before = layer.statistics().commands
             await until(lambda: layer.statistics().commands > before + 12)
@@ -584,19 +630,19 @@ async def test_a_migration_that_does_not_go_on(cluster: RedisCluster) -> None:
         make(QUEUE, cluster.hosts, prefix=layer.prefix, timeout=0.4) as hasty,
         layer.subscribe("room") as inbox,
     ):
-        for key in (layer.channel_key(inbox.channel), layer.group_key("room")):
+        for key in (Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).group("room")):
             slot = key_slot(key.encode())
             source = cluster.owner(slot)
             target = next(node for node in cluster.nodes[:3] if node is not source)
             cluster.ask(target, "SETSLOT", slot, "IMPORTING", cluster.ask(source, "MYID"))
             cluster.ask(source, "SETSLOT", slot, "MIGRATING", cluster.ask(target, "MYID"))
         with source.client() as client:
-            client.execute_command("MIGRATE", target.host, target.port, layer.group_key("room"), 0, 5000)
+            client.execute_command("MIGRATE", target.host, target.port, Names(layer.prefix).group("room"), 0, 5000)
         await layer.send(inbox.channel, {"n": 1})
         with fail_after(PATIENCE):
             assert await inbox.receive() == {"n": 1}
         await inbox.leave("room")
-        layer.leave_soon([("room", inbox.channel)])
+        session(layer).memberships.leave_soon([("room", inbox.channel)])
         assert await layer.group_channels("room") == set()
         cluster.ask(target, "SETSLOT", slot, "STABLE")  # it sends back who is sent to it
         with pytest.raises(redis.exceptions.AskError):
@@ -620,28 +666,28 @@ async def test_asking_who_owns_what(cluster: RedisCluster) -> None:
     async with make(QUEUE, cluster.hosts) as layer:
         await until(is_reset)
         for _ in range(3):
-            _, table = await layer._topology._ask()
+            _, table = await ask(layer)
             assert table
-        for link in layer._topology.links:
+        for link in layer.options.router.links:
             link.connection.end("the test said so")
-        host, table = await layer._topology._ask()
+        host, table = await ask(layer)
         assert host == "127.0.0.1"
         assert table
 
 
 @pytest.mark.anyio
-async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
+async def test_a_key_that_holds_something_else(quiet_cluster: RedisCluster) -> None:
     """Who reads it is told what Redis says; others go on, and so does it when the key is right again."""
-    async with make(QUEUE, quiet.hosts) as layer, layer.subscribe() as inbox, create_task_group() as tg:
+    async with make(QUEUE, quiet_cluster.hosts) as layer, layer.subscribe() as inbox, create_task_group() as tg:
         got: list[Any] = []
 
         async def read() -> None:
             got.append(await layer.receive("work"))
 
         tg.start_soon(read)
-        await until(lambda: layer._notices.blocked)
-        key = layer.channel_key(inbox.channel)
-        (node,) = [one for one in quiet.nodes if one.port == owning(layer, inbox.channel)]
+        await until(lambda: session(layer).notices.blocked)
+        key = Names(layer.prefix).channel(inbox.channel)
+        (node,) = [one for one in quiet_cluster.nodes if one.port == owning(layer, inbox.channel)]
         with node.client() as client:
             client.set(key, "something else")
             with fail_after(PATIENCE), pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
@@ -664,16 +710,16 @@ async def test_a_key_that_holds_something_else(quiet: RedisCluster) -> None:
 async def tell(layer: Any, key: str) -> None:
     """Say that something was sent, when a reader waits."""
     await anyio.wait_all_tasks_blocked()
-    layer._notices.heard(key)
+    session(layer).notices.heard(key)
 
 
 @pytest.mark.anyio
-async def test_no_permission_to_listen(quiet: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_permission_to_listen(quiet_cluster: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
     """A user who may not listen to where senders say that there is something: it is logged, once."""
-    for node in quiet.nodes:
+    for node in quiet_cluster.nodes:
         with node.client() as client:
             client.execute_command("ACL", "SETUSER", "deaf", "on", ">pass", "~*", "+@all", "resetchannels")
-    hosts = [url.replace("redis://", "redis://deaf:pass@") for url in quiet.hosts]
+    hosts = [url.replace("redis://", "redis://deaf:pass@") for url in quiet_cluster.hosts]
     async with make(QUEUE, hosts) as layer, create_task_group() as tg:
         tg.start_soon(layer.receive, "work")
         await until(lambda: any("readers wait in vain" in record.getMessage() for record in caplog.records))
@@ -686,11 +732,13 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
     async with make(PUBSUB, cluster.hosts, timeout=0.3) as layer, create_task_group() as tg:
         tg.start_soon(layer.receive, "work")
         await until(lambda: hears(layer, "work"))
-        layer._pushed([b"invalidate", None])
-        subscription = layer.subscriptions.wanted["work"]
+        events(layer).on_push(layer.options.router.links[0], [b"invalidate", None])
+        subscription = subscriptions(layer).wanted["work"]
         subscription.confirmed = False
-        layer.subscriptions.ask("work")
-        subscription.link.connection.end("the test said so")
+        subscriptions(layer).ask("work")
+        connection = subscription.link.connection
+        assert connection is not None
+        connection.end("the test said so")
         await until(lambda: hears(layer, "work"))
         slot = key_slot(b"nobody")
         for node in cluster.nodes[:3]:
@@ -701,28 +749,21 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster) -> None:
 
 
 @pytest.mark.anyio
-async def test_giving_back_to_a_node_that_is_just_found(quiet: RedisCluster) -> None:
+async def test_giving_back_to_a_node_that_is_just_found(quiet_cluster: RedisCluster) -> None:
     """A message that cannot be given back yet is kept for a reader here, and given back later."""
-    async with make(QUEUE, quiet.hosts) as layer:
+    async with make(QUEUE, quiet_cluster.hosts) as layer:
         await layer.send("work", {"n": 1})
-        key = layer.channel_key("work")
+        key = Names(layer.prefix).channel("work")
         slot = key_slot(key.encode())
-        owner = layer._topology.owner("", key)
-        with anyio.CancelScope() as scope:
-            source = layer._channel("work")
-            scope.cancel()
-            await layer.receive("work")
-        layer.pop_soon(key, 1, lambda request: layer._popped(source, request.reply))
-        await until(lambda: source.entries)
-        layer._topology._assign({slot: layer._topology.link_to(("127.0.0.1", free_port()))})
-        layer.look_after(source)
-        new = layer._topology.owner("", key)
-        layer._give_back(new, source, [])
-        with layer._room:
-            items = source.withdraw()
-        layer._give_back(new, source, items)
+        owner = layer.options.router.owner("", key)
+        entry, score = await owner.execute("ZPOPMIN", key)
+        assign(layer, {slot: layer.options.router.link_to("127.0.0.1", free_port())})
+        source = session(layer).here.find("work")
+        arrives(layer, source, entry, score)
+        assert isinstance(source, QueueChannel)
+        session(layer).give_back(source, session(layer).delivery.withdraw(source))
         assert source.entries
-        layer._topology._assign({slot: owner})
+        assign(layer, {slot: owner})
         await until(lambda: not source.entries)
         with fail_after(PATIENCE):
             assert await layer.receive("work") == {"n": 1}

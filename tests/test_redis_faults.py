@@ -15,17 +15,33 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after, to_thread
+from conftest import here
 from cryptography.fernet import Fernet
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, new_prefix, popper
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    LayerOnRedis,
+    arrive,
+    arrives,
+    both,
+    events,
+    new_prefix,
+    popper,
+    session,
+    subscriptions,
+    transport,
+    until_answered,
+)
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis import queue
-from anyio_channels.layers.redis.layer import RedisLayer
+from anyio_channels.redis.queue import room
+from anyio_channels.redis.wire import Names
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -42,13 +58,13 @@ async def until(condition: Callable[[], object]) -> None:
             await anyio.sleep(0.002)
 
 
-async def until_answered(layer: RedisLayer) -> None:
-    """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connection = layer._topology.links[0].connection
+async def until_sent(layer: LayerOnRedis) -> None:
+    """Wait until something was sent that Redis has not answered, and nobody is about to send more."""
+    connection = layer.options.router.links[0].connection
     assert connection is not None
     with fail_after(PATIENCE):
         await anyio.wait_all_tasks_blocked()
-        while connection._in_flight or connection._queue:
+        while not connection.pending:
             await anyio.sleep(0.002)
             await anyio.wait_all_tasks_blocked()
 
@@ -60,7 +76,7 @@ def make(kind: Kind, url: str, **options: Any) -> Any:
 class Numbered:
     """Numbered messages to an inbox from one sender that goes on whatever happens, and a reader that notes what came."""
 
-    def __init__(self, sender: RedisLayer, inbox: Any) -> None:
+    def __init__(self, sender: LayerOnRedis, inbox: Any) -> None:
         self.sender = sender
         self.inbox = inbox
         self.sent: list[int] = []
@@ -151,19 +167,22 @@ async def test_a_reader_goes_on_by_itself(kind: Kind, server: RedisServer, caplo
         tg.start_soon(read)
         tg.start_soon(layer.receive, "normal")
         await until(
-            lambda: layer.statistics().waiting_receivers == 2 and layer.statistics().connections == len(layer._links)
+            lambda: (
+                layer.statistics().waiting_receivers == 2
+                and layer.statistics().connections == len(layer.options.router.running)
+            )
         )
         with caplog.at_level(logging.INFO, "anyio_channels"):
             await to_thread.run_sync(server.kill)
             await until(lambda: layer.statistics().connections == 0)
             await to_thread.run_sync(server.start)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
         await layer.group_send("room", {"n": 1})
         await until(lambda: got == [{"n": 1}])
-        assert layer.statistics().reconnects == len(layer._links)
+        assert layer.statistics().reconnects == len(layer.options.router.running)
         lines = [record.getMessage() for record in caplog.records]
-        assert sum("trying again" in line for line in lines) == len(layer._links)
-        assert sum("connected again" in line for line in lines) == len(layer._links)
+        assert sum("trying again" in line for line in lines) == len(layer.options.router.running)
+        assert sum("connected again" in line for line in lines) == len(layer.options.router.running)
         tg.cancel_scope.cancel()
 
 
@@ -192,7 +211,11 @@ async def test_an_inbox_is_told_of_the_outage(kind: Kind, on_gap: Any, server: R
         await layer.group_send("room", {"n": 1})
         await until(lambda: layer.statistics().buffered_messages == 1)
         await to_thread.run_sync(server.restart)
-        await until(lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._links))
+        await until(
+            lambda: (
+                layer.statistics().reconnects and layer.statistics().connections == len(layer.options.router.running)
+            )
+        )
         await layer.group_send("room", {"n": 2})
         assert await inbox.receive() == {"n": 1}
         if on_gap == "event":
@@ -255,6 +278,23 @@ async def test_script_flush(kind: Kind, server: RedisServer) -> None:
             await inbox.join("room")
 
 
+async def test_script_flush_before_a_pop_that_waits(server: RedisServer) -> None:
+    """What empties a key is sent again behind the pop that waits: it has as much time as that."""
+    layer = make(QUEUE, server.url, timeout=0.2, keep_alive=1.0)
+    async with layer, layer.subscribe() as inbox, create_task_group() as tg:
+        tg.start_soon(layer.receive, "work")
+        await until(lambda: popper(layer).blocked)
+        with server.client() as client:
+            client.script_flush()
+        for number in range(3):
+            await layer.send(inbox.channel, {"n": number})
+            with fail_after(PATIENCE):
+                assert await inbox.receive() == {"n": number}
+            await anyio.sleep(0.4)  # nothing but time would end the connection
+        assert layer.statistics().reconnects == 0
+        tg.cancel_scope.cancel()
+
+
 async def test_out_of_memory(server: RedisServer) -> None:
     """maxmemory reached: sending fails with what Redis says, receiving goes on, also from a channel not waited for before."""
     async with make(QUEUE, server.url) as layer, create_task_group() as tg:
@@ -305,7 +345,7 @@ async def test_a_replica_refuses(kind: Kind, server: RedisServer, tmp_path: Path
                     got.append(await layer.receive("a"))
 
                 tg.start_soon(read)
-                await until(lambda: popper(layer).trouble is not None)
+                await until(lambda: popper(layer).refused)
                 client.execute_command("REPLICAOF", "NO", "ONE")
                 await layer.send("a", {"n": 1})
                 await until(lambda: got)
@@ -449,7 +489,7 @@ async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
             tg.start_soon(read)
             tg.start_soon(read)
         assert len(refused) == 2
-        assert not layer.subscriptions.wanted
+        assert not subscriptions(layer).wanted
         channel = await layer.new_channel("good")
         with pytest.raises(redis.exceptions.NoPermissionError):
             await layer.group_add("room", channel)
@@ -515,17 +555,17 @@ async def test_half_open(kind: Kind, server: RedisServer) -> None:
     """A connection that swallows everything is noticed by a layer that only listens, within keep_alive + timeout."""
     async with Proxy(server.host, server.port) as proxy:
         async with (
-            make(kind, proxy.url, keep_alive=0.2, timeout=0.2, connect_timeout=0.5) as layer,
+            make(kind, proxy.url, keep_alive=0.2) as layer,
             layer.subscribe("room") as inbox,
         ):
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             proxy.swallow()
             await until(lambda: layer.statistics().connections == 0)
             proxy.stop_swallowing()
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             with server.client() as client:
                 if kind is QUEUE:
-                    await until(lambda: client.zcard(layer.group_key("room")) == 1)
+                    await until(lambda: client.zcard(Names(layer.prefix).group("room")) == 1)
             async with make(kind, server.url, prefix=layer.prefix) as other:
                 await other.group_send("room", {"n": 1})
             with fail_after(PATIENCE):
@@ -555,7 +595,7 @@ async def test_an_idle_reader_waits_for_ever(kind: Kind, server: RedisServer) ->
 async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
     """1,000 readers hold at most 3 connections, send nothing while idle, all receive, and leave no connection behind."""
     with server.client() as client:
-        async with make(kind, server.url) as layer, create_task_group() as tg:
+        async with make(kind, server.url, timeout=PATIENCE) as layer, create_task_group() as tg:
             got: list[Any] = []
 
             async def read(number: int) -> None:
@@ -568,9 +608,9 @@ async def test_a_thousand_readers(kind: Kind, server: RedisServer) -> None:
             for number in range(1000):
                 tg.start_soon(read, number)
             await until(lambda: layer.statistics().waiting_receivers == 1000)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             assert len(client.client_list()) - 1 <= 3
-            await layer._execute(layer._topology.links[0], "PING")
+            await layer.options.router.links[0].execute("PING")
             if isinstance(layer, RedisChannelLayer):
                 await popper(layer).until_ended()
                 await until(lambda: len(popper(layer).blocked) == 500 and not popper(layer).waking)
@@ -620,7 +660,7 @@ async def test_damaged_entries_in_queues(server: RedisServer, caplog: pytest.Log
 
         tg.start_soon(read, inbox.receive)
         tg.start_soon(read, lambda: layer.receive("normal"))
-        keys = [layer.channel_key(inbox.channel), layer.channel_key("normal")]
+        keys = [Names(layer.prefix).channel(inbox.channel), Names(layer.prefix).channel("normal")]
         names = [
             b"",
             {"__asgi_channel__": 5},
@@ -635,7 +675,7 @@ async def test_damaged_entries_in_queues(server: RedisServer, caplog: pytest.Log
                     client.zadd(key, {entry or b"0": now + number / 1000})
             for number, foreign in enumerate(names):
                 client.zadd(keys[0], {payload(foreign, b"%12d" % number): now + number / 1000})
-            client.zadd(layer.group_key("room"), {b"\xff bad name": now})
+            client.zadd(Names(layer.prefix).group("room"), {b"\xff bad name": now})
         await until(lambda: layer.statistics().dropped_unreadable == 2 * len(DAMAGED) + len(names))
         await layer.group_send("room", {"n": 1})
         await layer.send("normal", {"n": 2})
@@ -653,7 +693,7 @@ async def test_damaged_messages_in_pubsub(server: RedisServer, caplog: pytest.Lo
         with server.client() as client:
             for entry in (b"", b"\xc1", payload([1], b""), payload({"a": 1}, b"") + b"junk"):
                 client.publish(inbox.channel, entry)
-                client.publish(layer.group_key("room"), entry)
+                client.publish(Names(layer.prefix).group_topic("room"), entry)
             client.publish(inbox.channel, payload({"__asgi_exclude__": 5, "n": 0}, b""))
         await layer.group_send("room", {"n": 1})
         with fail_after(PATIENCE):
@@ -681,7 +721,7 @@ async def test_tokens_that_cannot_be_read(kind: Kind, server: RedisServer) -> No
         with server.client() as client:
             for number, token in enumerate(tokens):
                 if kind is QUEUE:
-                    client.zadd(layer.channel_key(inbox.channel), {b"%12d" % number + token: time.time()})
+                    client.zadd(Names(layer.prefix).channel(inbox.channel), {b"%12d" % number + token: time.time()})
                 else:
                     client.publish(inbox.channel, token)
         await layer.send(inbox.channel, {"n": 1})
@@ -706,7 +746,7 @@ async def test_a_key_of_another_type(server: RedisServer) -> None:
         tg.start_soon(read, "bad")
         await until(lambda: len(popper(layer).blocked) == 2 and popper(layer).popping)
         with server.client() as client:
-            client.set(layer.channel_key("bad"), "text")
+            client.set(Names(layer.prefix).channel("bad"), "text")
         with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
             await layer.send("bad", {})
         with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"), fail_after(PATIENCE):
@@ -730,7 +770,7 @@ async def away(proxy: Proxy, layer: Any) -> AsyncGenerator[None]:
     await until(lambda: layer.statistics().connections == 0)
     yield
     proxy.refuse(False)
-    await until(lambda: layer.statistics().connections == len(layer._links))
+    await until(lambda: layer.statistics().connections == len(layer.options.router.running))
 
 
 @both
@@ -749,7 +789,7 @@ async def test_receiving_begun_while_away(kind: Kind, server: RedisServer) -> No
                 for call in (lambda: layer.send("a", {}), lambda: layer.group_send("room", {}), layer.flush):
                     with pytest.raises(redis.exceptions.ConnectionError, match="cannot be reached.*was not sent"):
                         await call()
-            await until(lambda: kind is QUEUE or layer.subscriptions.wanted["new"].confirmed)
+            await until(lambda: kind is QUEUE or subscriptions(layer).wanted["new"].confirmed)
             await layer.send("new", {"n": 1})
             await until(lambda: got == [{"n": 1}])
 
@@ -774,41 +814,113 @@ async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
                         await layer.subscribe().__aenter__()
             assert layer.statistics().groups == 1
             proxy.refuse(False)
-            await until(lambda: layer.statistics().connections == len(layer._links))
+            await until(lambda: layer.statistics().connections == len(layer.options.router.running))
             assert await layer.group_channels("room") == await layer.group_channels("other") == set()
             assert await layer.group_channels("stays") == {stays.channel}
             if kind is PUBSUB:
                 with server.client() as client:
                     assert set(client.pubsub_channels("*")) == {
-                        name.encode() for name in (stays.channel, layer.group_key("stays"))
+                        name.encode() for name in (stays.channel, Names(layer.prefix).group_topic("stays"))
                     }
+
+
+@pytest.mark.parametrize("make_channel", ["subscribe", "new_channel"])
+async def test_a_channel_whose_making_is_cancelled(make_channel: str, server: RedisServer) -> None:
+    """Whoever is cancelled while Redis is to confirm the subscription leaves nothing, neither here nor in Redis."""
+    async with make(PUBSUB, server.url, timeout=PATIENCE) as layer:
+        server.pause()
+        async with create_task_group() as tg:
+            tg.start_soon(layer.subscribe().__aenter__ if make_channel == "subscribe" else layer.new_channel)
+            await until(lambda: subscriptions(layer).wanted)
+            await anyio.wait_all_tasks_blocked()
+            tg.cancel_scope.cancel()
+        assert layer.statistics().channels == 0
+        assert not subscriptions(layer).wanted
+        server.resume()
+        await layer.flush()  # what was sent before it is done
+        with server.client() as client:
+            assert client.pubsub_channels("*") == []
+
+
+async def test_a_pop_that_is_cut_off(server: RedisServer) -> None:
+    """If only the connection of the pop is lost, which may have taken something, inboxes that ask for it are told."""
+    async with make(QUEUE, server.url) as layer, layer.subscribe(on_gap="event") as inbox:
+        with server.client() as client:
+
+            def popping() -> list[Any]:
+                return [one["id"] for one in client.client_list() if one["cmd"].startswith("bz")]
+
+            await until(popping)
+            client.client_kill_filter(_id=popping()[0])
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"type": "channel_layer.gap", "missed": None}
+
+
+async def test_leaving_that_redis_did_not_hear_of(server: RedisServer) -> None:
+    """An inbox has left its groups in the end, also if the connection was lost with what it told Redis."""
+    async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url) as layer:
+        async with layer.subscribe("room"):
+            proxy.swallow()
+        await until_sent(layer)
+        proxy.stop_swallowing()
+        proxy.cut_all()
+        with server.client() as client:
+            await until(lambda: not client.exists(Names(layer.prefix).group("room")))
+
+
+async def test_joining_that_is_cancelled(server: RedisServer) -> None:
+    """An inbox whose joining is cancelled, while Redis is doing it perhaps, is no member."""
+    async with make(QUEUE, server.url, timeout=PATIENCE) as layer, layer.subscribe() as inbox:
+        server.pause()
+        async with create_task_group() as tg:
+            tg.start_soon(inbox.join, "room")
+            await until_sent(layer)
+            tg.cancel_scope.cancel()
+        server.resume()
+        assert await layer.group_channels("room") == set()
 
 
 async def test_held_while_away(server: RedisServer) -> None:
     """What was popped for a reader who is gone waits here while Redis is away: for a reader here, or to be given back."""
     async with Proxy(server.host, server.port) as proxy, make(QUEUE, proxy.url, timeout=0.2) as layer:
-        source = layer._channel("a")
+        source = session(layer).here.find("a")
         async with away(proxy, layer):
             for number in range(3):
                 entry = payload({"n": number}, b"%12d" % number)
-                layer.put_normal(source, entry, str(time.time() + number / 1000), layer._topology.links[0].server_time)
-            layer.look_after(source)
+                arrives(layer, source, entry, time.time() + number / 1000)
             await anyio.wait_all_tasks_blocked()
             assert await layer.receive("a") == {"n": 0}
         with server.client() as client:
-            await until(lambda: client.zcard(layer.channel_key("a")) == 2)
+            await until(lambda: client.zcard(Names(layer.prefix).channel("a")) == 2)
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 1}, {"n": 2}]
         assert layer.statistics().received == 3
+
+
+async def test_what_the_readers_here_do_not_take(server: RedisServer) -> None:
+    """Of two messages that come at once, a reader who waits gets the first; the second is given back when he leaves."""
+    async with make(QUEUE, server.url) as layer, create_task_group() as tg:
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive("a"))
+
+        tg.start_soon(read)
+        await until(lambda: layer.statistics().waiting_receivers == 1)
+        now = time.time()
+        entries = [(payload({"n": number}, b"%12d" % number), now + number / 1000) for number in range(2)]
+        arrive(layer, session(layer).here.find("a"), entries)
+        await until(lambda: got == [{"n": 0}])
+        assert await layer.receive("a") == {"n": 1}
+        assert layer.statistics().received == 2
 
 
 async def test_what_cannot_be_given_back(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """A message that Redis does not take back is counted as discarded, and logged."""
     async with make(QUEUE, server.url) as layer:
-        source = layer._channel("a")
+        source = session(layer).here.find("a")
         with server.client() as client:
-            client.set(layer.channel_key("a"), "text")
-        layer.put_normal(source, payload({"n": 1}), str(time.time()), layer._topology.links[0].server_time)
-        layer.look_after(source)
+            client.set(Names(layer.prefix).channel("a"), "text")
+        arrives(layer, source, payload({"n": 1}), time.time())
         await until(lambda: layer.statistics().discarded == 1)
         assert "could not be given back" in caplog.text
 
@@ -854,6 +966,19 @@ async def test_closing_while_redis_stands_still(server: RedisServer, caplog: pyt
 
 
 @both
+async def test_used_while_it_is_closed(kind: Kind, server: RedisServer) -> None:
+    """Whoever uses a layer that is closed, or is being closed, is told so, and not that it was never opened."""
+    async with make(kind, server.url, timeout=PATIENCE) as layer, create_task_group() as tg:
+        server.pause()
+        tg.start_soon(layer.close)
+        await anyio.wait_all_tasks_blocked()
+        for call in (lambda: layer.send("a", {}), lambda: layer.receive("a"), layer.new_channel, layer.flush):
+            with pytest.raises(anyio.ClosedResourceError):
+                await call()
+        server.resume()
+
+
+@both
 async def test_closed_in_the_middle_of_a_call(kind: Kind, server: RedisServer) -> None:
     """A call that waits for Redis when the layer is closed gets ClosedResourceError."""
     layer = make(kind, server.url, timeout=0.3)
@@ -879,21 +1004,41 @@ async def test_closed_in_the_middle_of_a_call(kind: Kind, server: RedisServer) -
         server.resume()
 
 
+@both
+async def test_a_reader_during_an_outage_hears_of_closing_at_once(kind: Kind, server: RedisServer) -> None:
+    """A reader that began while Redis was away waits for nothing when the layer is closed."""
+    async with make(kind, server.url, timeout=86400) as layer, create_task_group() as tg:
+        await to_thread.run_sync(server.kill)
+        await until(lambda: not layer.statistics().connections)
+        ended: list[str] = []
+
+        async def read() -> None:
+            with pytest.raises(anyio.ClosedResourceError):
+                await layer.receive("a")
+            ended.append("a")
+
+        tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        with fail_after(PATIENCE):
+            await layer.close()
+    assert ended == ["a"]
+
+
 async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sender that waits for room goes on waiting through a reconnect that is quick enough.
 
     It has no command on its way when the connection ends: of one that may have run it is told.
     """
-    monkeypatch.setattr(queue, "_RECHECK", 60.0)
+    monkeypatch.setattr(room, "_RECHECK", 60.0)
     layer = make(QUEUE, server.url, capacity=1)
     async with layer, create_task_group() as tg:
         await layer.send("a", {"n": 0})
         tg.start_soon(lambda: layer.send("a", {"n": 1}, wait=True))
         with server.client() as client:
-            await until(lambda: client.pubsub_channels("*:room:*"))
+            await until(lambda: client.pubsub_channels("*:waiting:*"))
             await until_answered(layer)
             client.client_kill_filter(_type="pubsub")
-            await until(lambda: layer.statistics().reconnects and client.pubsub_channels("*:room:*"))
+            await until(lambda: layer.statistics().reconnects and client.pubsub_channels("*:waiting:*"))
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 0}, {"n": 1}]
 
 
@@ -926,16 +1071,18 @@ async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
         async with layer.subscribe("room"):
             proxy.swallow()
             tg.start_soon(read, "cut")
-            await until(lambda: "cut" in layer.subscriptions.wanted)
+            await until(lambda: "cut" in subscriptions(layer).wanted)
             await anyio.wait_all_tasks_blocked()
             proxy.stop_swallowing()
             proxy.cut_all()
-            await until(lambda: layer.subscriptions.wanted["cut"].confirmed)
+            await until(lambda: subscriptions(layer).wanted["cut"].confirmed)
             server.pause()
-            tg.start_soon(layer.subscriptions.restore, layer._topology.links[0], layer._topology.links[0].connection)
+            tg.start_soon(
+                subscriptions(layer).restore, layer.options.router.links[0], layer.options.router.links[0].connection
+            )
             tg.start_soon(read, "dropped")
-            await until(lambda: "dropped" in layer._here.channels)
-            layer._here.forget(layer._here.channels["dropped"])
+            await until(lambda: "dropped" in here(layer).channels)
+            here(layer).forget(here(layer).channels["dropped"])
         server.resume()
         with server.client() as client:
             await until(lambda: set(client.pubsub_channels("*")) == {b"cut", b"dropped"})
@@ -949,7 +1096,7 @@ async def test_other_pushes_mean_nothing(kind: Kind, server: RedisServer) -> Non
     """Pushes of a kind that the layers did not ask for are passed over."""
     async with make(kind, server.url) as layer, layer.subscribe("room") as inbox:
         for push in ([], [b"invalidate", [b"key"]], [b"message", b"nobody", b"text"]):
-            layer._pushed(push)
+            events(layer).on_push(layer.options.router.links[0], push)
         await layer.group_send("room", {"n": 1})
         assert await inbox.receive() == {"n": 1}
 
@@ -959,13 +1106,20 @@ async def test_a_bug_of_ours_is_told(kind: Kind, server: RedisServer) -> None:
     """An error in a task of the layer ends its block as an exception group; nothing goes on half dead."""
     layer = make(kind, server.url)
 
-    async def broken() -> None:
+    def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    layer._do_chores = broken
     with pytest.raises(ExceptionGroup) as caught, fail_after(PATIENCE):
-        async with layer:
-            layer.note_chore()
+        async with layer, layer.subscribe("room"):
+            if kind is PUBSUB:
+                transport(layer).on_push = broken  # type: ignore[assignment, method-assign]
+                layer.options.router.links[0].reconnect("the test said so")  # the new connection hands pushes to that
+                await until(lambda: layer.statistics().reconnects == 1)
+            with server.client() as client:
+                for name in subscriptions(layer).wanted:
+                    client.publish(name, "")
+                if kind is QUEUE:
+                    session(layer).later.soon(broken)
             await anyio.sleep_forever()
     assert caught.value.split(ZeroDivisionError)[1] is None
 
@@ -997,7 +1151,7 @@ async def test_a_credential_provider(kind: Kind, server: RedisServer) -> None:
 async def test_a_forbidden_subscription_does_not_keep_the_others_away(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After an outage all that Redis permits is subscribed to again, and what it does not is logged."""
+    """After an outage all that Redis permits is subscribed to again; what it does not is logged, and its new readers told."""
     with server.client() as client:
         client.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["*"], channels=["good*"], categories=["+@all"])
     async with (
@@ -1006,11 +1160,20 @@ async def test_a_forbidden_subscription_does_not_keep_the_others_away(
         create_task_group() as tg,
     ):
         channel = await layer.new_channel("good")
+        refused: list[Exception] = []
+
+        async def read() -> None:
+            try:
+                await layer.receive("bad")
+            except redis.exceptions.NoPermissionError as error:
+                refused.append(error)
+
         async with away(proxy, layer):
-            tg.start_soon(layer.receive, "bad")
-            await until(lambda: "bad" in layer.subscriptions.wanted)
+            tg.start_soon(read)
+            await until(lambda: "bad" in subscriptions(layer).wanted)
         await layer.send(channel, {"n": 1})
         with fail_after(PATIENCE):
             assert await layer.receive(channel) == {"n": 1}
         assert "wait in vain for 'bad'" in caplog.text
+        await until(lambda: refused)
         tg.cancel_scope.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -15,7 +16,21 @@ import pytest
 import redis
 import redis.exceptions
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
-from layers_on_redis import PUBSUB, QUEUE, Kind, both, grow_older, hears, new_prefix, popper
+from layers_on_redis import (
+    PUBSUB,
+    QUEUE,
+    Kind,
+    both,
+    grow_older,
+    hears,
+    link_to_group,
+    new_prefix,
+    popper,
+    session,
+    settle_queue,
+    transport,
+)
+from ormsgpack import packb
 from redis_server import RedisServer
 
 import anyio_channels
@@ -26,7 +41,11 @@ from anyio_channels import (
     create_channel_layer,
     create_redis_channel_layer,
 )
-from anyio_channels.layers.redis.layer import RedisLayer
+from anyio_channels.contract.layer import Life
+from anyio_channels.contract.message import RESERVED_KEY
+from anyio_channels.redis.wire import Names
+
+pytestmark = pytest.mark.two_loops
 
 PATIENCE = 20.0
 asynchronous = pytest.mark.anyio
@@ -103,18 +122,43 @@ async def test_cancelled_while_opening(kind: Kind, redis_server: RedisServer) ->
             await until(lambda: not [one for one in client.client_list() if one["name"] == name])
 
 
+@asynchronous
+@both
+async def test_joined_again_after_a_join_that_was_cancelled(kind: Kind, redis_server: RedisServer) -> None:
+    """What a cancelled join leaves behind is put in order before the next join, and does not end its membership."""
+    async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
+        for checkpoints in range(12):
+            async with create_task_group() as tg:
+                tg.start_soon(inbox.join, "room")
+                for _ in range(checkpoints):
+                    await anyio.lowlevel.checkpoint()
+                tg.cancel_scope.cancel()
+            await inbox.join("room")
+            await layer.group_send("room", {"n": checkpoints})
+            with anyio.fail_after(20):
+                assert await inbox.receive() == {"n": checkpoints}
+            await inbox.leave("room")
+
+
 @both
 def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """A layer used from another event loop than the one that opened it says so at once."""
 
-    async def use(layer: Any) -> None:
-        with pytest.raises(RuntimeError, match="was opened in another event loop"):
-            await layer.send("a", {})
+    async def use(layer: Any, channel: str) -> None:
+        calls: list[Callable[[], Any]] = [
+            lambda: layer.send("a", {}),
+            lambda: layer.receive("a"),
+            lambda: layer.receive(channel),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="was opened in another event loop"):
+                await call()
 
     async def main() -> None:
         async with make(kind, redis_server) as layer:
-            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="trio"))
-            await to_thread.run_sync(lambda: anyio.run(use, layer, backend="asyncio"))
+            channel = await layer.new_channel()
+            await to_thread.run_sync(lambda: anyio.run(use, layer, channel, backend="trio"))
+            await to_thread.run_sync(lambda: anyio.run(use, layer, channel, backend="asyncio"))
             await layer.send("a", {})
 
     anyio.run(main, backend=anyio_backend[0], backend_options=anyio_backend[1])
@@ -125,7 +169,7 @@ def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend
 async def test_left_open(kind: Kind, redis_server: RedisServer) -> None:
     """A layer that was opened and never closed is a ResourceWarning."""
     layer = make(kind, redis_server)
-    layer._opened = True
+    layer._life = Life.OPEN
     with pytest.warns(ResourceWarning, match="unclosed channel layer <Redis"):
         del layer
         gc.collect()
@@ -155,7 +199,7 @@ async def test_closing_gives_back(redis_server: RedisServer) -> None:
     async with other:
         async with layer, create_task_group() as tg:
             # Popped for a reader who is cancelled at the same moment: it is here, and nobody's.
-            source = layer._channel("a")
+            source = session(layer).here.find("a")
             scope = anyio.CancelScope()
 
             async def read() -> None:
@@ -163,7 +207,7 @@ async def test_closing_gives_back(redis_server: RedisServer) -> None:
                     await layer.receive("a")
 
             tg.start_soon(read)
-            await until(lambda: source.blocked and popper(layer).popping)
+            await until(lambda: popper(layer).blocked and popper(layer).popping)
             await other.send("a", {"n": 1})
             await other.send("a", {"n": 2})
             await until(lambda: source.entries or scope.cancelled_caught or not layer.statistics().waiting_receivers)
@@ -204,6 +248,33 @@ async def test_a_slow_reader_costs_its_neighbours_nothing(kind: Kind, redis_serv
 
 
 @asynchronous
+async def test_an_inbox_does_not_wait_behind_normal_channels(redis_server: RedisServer) -> None:
+    """What is sent to an inbox comes in front of the next message of a normal channel, however many of those have one."""
+    got: list[str] = []
+    async with make(QUEUE, redis_server) as layer, layer.subscribe() as inbox, create_task_group() as tg:
+
+        async def read(channel: str) -> None:
+            await layer.receive(channel)
+            got.append(channel)
+
+        busy = [f"busy.{number}" for number in range(30)]
+        names = Names(layer.prefix)
+        for _ in range(3):  # which of all keys comes first in a pop changes with each
+            got.clear()
+            for name in (*busy, inbox.channel):
+                tg.start_soon(read, name)
+            await until(lambda: layer.statistics().waiting_receivers == len(busy) + 1)
+            await settle_queue(layer)
+            with redis_server.client() as client:  # the event loop stands still meanwhile: they are all there at once
+                now = client.time()[0]
+                for name in busy:
+                    client.zadd(names.channel(name), {os.urandom(12) + packb({}): now})
+                client.zadd(names.channel(inbox.channel), {os.urandom(12) + packb({RESERVED_KEY: inbox.channel}): now})
+            await until(lambda: len(got) == len(busy) + 1)
+            assert got.index(inbox.channel) < 5
+
+
+@asynchronous
 async def test_capacity_is_exact_among_processes(redis_server: RedisServer) -> None:
     """100 sends at once from each of two layers to one channel of capacity 5: five are accepted, no more."""
     prefix = new_prefix()
@@ -231,11 +302,11 @@ async def test_order_by_the_servers_clock(redis_server: RedisServer) -> None:
     async with layer:
         with redis_server.client() as client:
             entry = b"x" * 12 + b"\x81\xa1n\x00"
-            client.zadd(layer.channel_key("a"), {entry: time.time() + 0.5})
+            client.zadd(Names(layer.prefix).channel("a"), {entry: time.time() + 0.5})
             for number in range(1, 5):
                 await layer.send("a", {"n": number})
             assert [(await layer.receive("a"))["n"] for _ in range(5)] == [0, 1, 2, 3, 4]
-            client.zadd(layer.channel_key("a"), {entry: time.time() + 500})
+            client.zadd(Names(layer.prefix).channel("a"), {entry: time.time() + 500})
             await layer.send("a", {"n": 1})
             assert [(await layer.receive("a"))["n"] for _ in range(2)] == [1, 0]
 
@@ -252,6 +323,26 @@ async def test_many_messages_at_once_keep_their_order(redis_server: RedisServer)
             reader = sender if "!" in channel else layer
             got = [(await reader.receive(channel))["n"] for _ in range(2500)]
             assert sorted(got) == list(range(2500))
+
+
+@asynchronous
+async def test_renewed_are_memberships_of_inboxes(redis_server: RedisServer) -> None:
+    """A membership of group_add lasts from the last group_add on, also for a channel of this process."""
+    async with make(QUEUE, redis_server) as layer, layer.subscribe("room") as inbox:
+        channel = await layer.new_channel()
+        await layer.group_add("room", channel)
+
+        async def joined() -> dict[bytes, float]:
+            await link.execute("PING")
+            with redis_server.client() as client:
+                return dict(client.zrange(Names(layer.prefix).group("room"), 0, -1, withscores=True))
+
+        link = link_to_group(layer, "room")
+        before = await joined()
+        session(layer).memberships.renew(link)
+        after = await joined()
+        assert after[inbox.channel.encode()] > before[inbox.channel.encode()]
+        assert after[channel.encode()] == before[channel.encode()]
 
 
 @asynchronous
@@ -282,6 +373,27 @@ async def test_readers_in_several_layers_share(redis_server: RedisServer) -> Non
 
 
 @asynchronous
+async def test_room_made_by_a_pop_that_takes_the_marker(redis_server: RedisServer) -> None:
+    """If a message and a sender who waits come while a reader is blocked, the pop finds the sender first: it is told."""
+    async with make(QUEUE, redis_server) as layer, create_task_group() as tg:
+        tg.start_soon(layer.receive, "a")
+        await until(lambda: layer.statistics().waiting_receivers)
+        await settle_queue(layer)
+        key = Names(layer.prefix).channel("a")
+        with redis_server.client() as client, client.pubsub() as sender:
+            sender.subscribe(Names(layer.prefix).room(key))
+            assert sender.get_message(timeout=PATIENCE)["type"] == "subscribe"
+            with client.pipeline() as at_once:
+                at_once.zadd(Names(layer.prefix).room(key), {"": 0})
+                at_once.zadd(key, {os.urandom(12) + packb({}): client.time()[0]})
+                at_once.execute()
+            await until(lambda: layer.statistics().received)
+            told = sender.get_message(timeout=5)  # it is there already, if it comes
+            assert told is not None
+            assert told["type"] == "message"
+
+
+@asynchronous
 async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> None:
     """send(wait=True) goes on as soon as a reader in another layer, or one that announces nothing, has made room."""
     prefix = new_prefix()
@@ -291,16 +403,63 @@ async def test_waiting_for_room_made_elsewhere(redis_server: RedisServer) -> Non
         async with create_task_group() as tg:
             tg.start_soon(lambda: one.send("a", {"n": 1}, wait=True))
             with redis_server.client() as client:
-                await until(lambda: client.exists(one.room_key(one.channel_key("a"))))
+                await until(lambda: client.exists(Names(prefix).room(Names(prefix).channel("a"))))
             assert await two.receive("a") == {"n": 0}
         async with create_task_group() as tg:
             tg.start_soon(lambda: one.send("a", {"n": 2}, wait=True))
             await anyio.wait_all_tasks_blocked()
             with redis_server.client() as client:
-                await until(lambda: client.exists(one.room_key(one.channel_key("a"))))
-                client.zpopmin(one.channel_key("a"))  # as channels_redis does: nobody is told
+                await until(lambda: client.exists(Names(prefix).room(Names(prefix).channel("a"))))
+                client.zpopmin(Names(prefix).channel("a"))  # as channels_redis does: nobody is told
         assert await two.receive("a") == {"n": 2}
-        assert not one._rooms
+        assert not session(one).senders.queues
+        with redis_server.client() as client:
+            await until(lambda: not client.pubsub_channels(f"{prefix}*"))
+
+
+@asynchronous
+async def test_a_channel_called_as_a_group_is(redis_server: RedisServer) -> None:
+    """A channel and a group may have the same name in Redis: giving one up does not make the other deaf."""
+    async with make(PUBSUB, redis_server) as layer, layer.subscribe("room") as inbox:
+        name = Names(layer.prefix).group_topic("room")
+        await transport(layer).subscribe(name)
+        transport(layer).unsubscribe(name)
+        await layer.group_send("room", {"n": 1})
+        assert await inbox.receive() == {"n": 1}
+
+
+@asynchronous
+async def test_room_that_nobody_waits_for(redis_server: RedisServer) -> None:
+    """Room that is announced when the last sender has gone wakes nobody."""
+    async with make(QUEUE, redis_server, capacity=1) as layer:
+        await layer.send("a", {})
+        with anyio.move_on_after(0.01):  # a real moment, in which it begins to wait
+            await layer.send("a", {}, wait=True)
+        session(layer).senders.heard(Names(layer.prefix).channel("a"))
+        assert not session(layer).senders.queues
+
+
+@asynchronous
+async def test_an_idle_channel_dropped_under_a_reader(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A channel that is dropped between a reader's finding it and waiting at it is found again; a closed one is not."""
+    async with make(QUEUE, redis_server) as layer:
+        here = session(layer).here
+        original = here.find
+        dropped: list[str] = []
+
+        def find(name: str) -> Any:
+            channel = original(name)
+            if not dropped:
+                dropped.append(name)
+                here.forget(channel)
+            return channel
+
+        monkeypatch.setattr(here, "find", find)
+        await layer.send("a", {"n": 1})
+        assert await layer.receive("a") == {"n": 1}
+        assert dropped == ["a"]
 
 
 @asynchronous
@@ -320,10 +479,10 @@ async def test_waiting_for_room_through_an_outage(tmp_path: Any) -> None:
                         failed.append(error)
 
                 tg.start_soon(send)
-                await until(lambda: layer._rooms)
+                await until(lambda: session(layer).senders.queues)
                 await to_thread.run_sync(server.kill)
                 await until(lambda: failed)
-            assert not layer._rooms
+            assert not session(layer).senders.queues
 
 
 # Expiry, in Redis and here
@@ -341,10 +500,8 @@ async def test_expired_on_the_way(redis_server: RedisServer) -> None:
             assert await layer.receive("a") == {"n": 2}
             await until(lambda: popper(layer).popping)
             # What the blocking pop hands out may be old too.
-            entry = layer._codec.seal(
-                layer._codec.address(layer._codec.encode({"n": 3}), "__asgi_channel__", inbox.channel)
-            )
-            client.zadd(layer.channel_key(inbox.channel), {entry: time.time() - 11})
+            entry = b"%12d" % 0 + packb({"n": 3, "__asgi_channel__": inbox.channel})
+            client.zadd(Names(layer.prefix).channel(inbox.channel), {entry: time.time() - 11})
             await layer.send(inbox.channel, {"n": 4})
             assert await inbox.receive() == {"n": 4}
             assert layer.statistics().expired == 2
@@ -368,7 +525,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
             await until(lambda: not client.pubsub_numsub(gone)[0][1])
             assert client.pubsub_numsub(read)[0][1] == client.pubsub_numsub(inbox.channel)[0][1] == 1
             assert await layer.group_channels("room") == set()
-            with pytest.raises(RuntimeError, match="takes channels of this process, and .* is none"):
+            with pytest.raises(RuntimeError, match="takes only channels of this process here, and .* is not one"):
                 await layer.group_add("room", gone)
 
 
@@ -380,7 +537,7 @@ async def test_pubsub_channel_given_up(redis_server: RedisServer) -> None:
 async def test_pushes_that_are_not_ours_are_passed_over(kind: Kind, redis_server: RedisServer) -> None:
     """What Redis may push beside messages harms nothing: here, that a key changed."""
     async with make(kind, redis_server) as layer, layer.subscribe() as inbox:
-        (link,) = layer._topology.links
+        (link,) = layer.options.router.links
         key = f"{layer.prefix}tracked"
         await link.execute("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", key)
         await link.execute("SET", key, "changed")
@@ -426,6 +583,27 @@ async def test_pubsub_groups_are_local(redis_server: RedisServer) -> None:
         assert [await here.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
         assert [await also.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
         assert await there.receive() == {"n": 2}
+
+
+@asynchronous
+async def test_a_channel_that_is_called_as_a_group_is_in_redis(redis_server: RedisServer) -> None:
+    """Both go through one Redis channel, which is subscribed to as long as either is wanted."""
+    async with make(PUBSUB, redis_server) as layer, create_task_group() as tg:
+        name = Names(layer.prefix).group_topic("room")
+        got: list[Any] = []
+
+        async def read() -> None:
+            got.append(await layer.receive(name))
+
+        tg.start_soon(read)
+        await until(lambda: hears(layer, name))
+        async with layer.subscribe("room") as inbox:
+            await layer.group_send("room", {"n": 1})
+            assert await inbox.receive() == {"n": 1}
+            await until(lambda: got == [{"n": 1}])
+            tg.start_soon(read)
+        await layer.send(name, {"n": 2})
+        await until(lambda: got == [{"n": 1}, {"n": 2}])
 
 
 @asynchronous
@@ -602,7 +780,9 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without redis and hiredis the error says what to install."""
     import sys
 
-    for name in [name for name in sys.modules if name.startswith("anyio_channels.layers.redis")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("anyio_channels.layers.redis", "anyio_channels.redis"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(anyio_channels.layers, "redis")
     monkeypatch.setitem(sys.modules, "hiredis", None)
@@ -610,12 +790,3 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = anyio_channels.RedisChannelLayer
     with pytest.raises(ImportError, match=r"a redis:// channel layer needs an extra"):
         create_channel_layer("redis://h")
-
-
-def test_what_both_layers_share_is_not_a_layer() -> None:
-    """The common base is abstract in what makes a layer."""
-    assert (
-        {"_make_link", "_tick", "_wind_up"} <= set(RedisLayer.__abstractmethods__)
-        if hasattr(RedisLayer, "__abstractmethods__")
-        else True
-    )

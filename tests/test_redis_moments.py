@@ -6,6 +6,7 @@ answers whatever it was sent; and it tries one number after the other.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,9 +17,11 @@ import redis
 from anyio import CancelScope, ClosedResourceError, create_task_group, fail_after
 from anyio.lowlevel import checkpoint
 from layers_on_redis import new_prefix
+from ormsgpack import packb, unpackb
 from redis_server import RedisServer
 
 from anyio_channels import RedisChannelLayer
+from anyio_channels.redis.wire import Names
 
 pytestmark = pytest.mark.anyio
 
@@ -43,17 +46,15 @@ class Case:
 
     def put(self, *numbers: int) -> None:
         """Another process sends them, one after the other, at once."""
-        codec = self.layer._codec
         for number in numbers:
             seconds, microseconds = self.client.time()
-            entry = codec.seal(codec.encode({"n": number}))
-            self.client.zadd(self.layer.channel_key("work"), {entry: seconds + microseconds / 1_000_000})
+            entry = os.urandom(12) + packb({"n": number})
+            self.client.zadd(Names(self.layer.prefix).channel("work"), {entry: seconds + microseconds / 1_000_000})
 
     def left(self) -> list[int]:
         """What is in Redis."""
-        codec = self.layer._codec
-        entries: Any = self.client.zrange(self.layer.channel_key("work"), 0, -1)
-        return [codec.decode_body(codec.unseal(entry))["n"] for entry in entries]
+        entries: Any = self.client.zrange(Names(self.layer.prefix).channel("work"), 0, -1)
+        return [unpackb(entry[12:])["n"] for entry in entries]
 
     async def receive(self) -> None:
         with fail_after(PATIENCE):
@@ -145,7 +146,7 @@ async def test_closing_by_cancellation_leaves_the_groups(redis_server: RedisServ
         async with case.layer, case.layer.subscribe("room"):
             scope.cancel()
             await anyio.sleep_forever()
-    assert client.zrange(case.layer.group_key("room"), 0, -1) == []
+    assert client.zrange(Names(case.layer.prefix).group("room"), 0, -1) == []
 
 
 async def test_closing_by_cancellation_gives_back(redis_server: RedisServer, client: redis.Redis) -> None:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis.exceptions
-from anyio import create_task_group, fail_after, to_thread
+from anyio import Event, create_task_group, fail_after, to_thread
+from anyio.lowlevel import checkpoint
 from layers_on_redis import CASES, PATIENCE, QUEUE, Books, Kind, both, new_prefix, until
 from redis_server import RedisServer, Sentinels, free_port
 
 from anyio_channels import create_channel_layer
-from anyio_channels.layers.redis import sentinel as module
-from anyio_channels.layers.redis.sentinel import parse_sentinel
-from anyio_channels.layers.redis.topology import Topology
+from anyio_channels.redis.client import make_router
+from anyio_channels.redis.client import sentinel as module
+from anyio_channels.redis.client.address import SentinelAddress, parse_host, parse_hosts
 from anyio_channels.testing import Check
 
-
-@pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A deployment that no test disturbs."""
-    with Sentinels(tmp_path_factory.mktemp("quiet")) as sentinels:
-        yield sentinels
-
-
-@pytest.fixture
-def sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
-    """A deployment of the test's own, to be damaged."""
-    with Sentinels(tmp_path_factory.mktemp("sentinels")) as sentinels:
-        yield sentinels
+pytestmark = pytest.mark.two_loops
 
 
 def make(kind: Kind, *hosts: Any, **options: Any) -> Any:
@@ -37,17 +25,17 @@ def make(kind: Kind, *hosts: Any, **options: Any) -> Any:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "check"), CASES)
-async def test_layer_passes_behind_sentinels(kind: Kind, check: Check, quiet: Sentinels) -> None:
-    """Each layer behind Sentinel keeps every clause that applies to it, on every backend."""
-    await check(kind.factory(quiet.servers[0], hosts=[quiet.host]), kind.features)
+@pytest.mark.diagonal(("kind", "check"), CASES, start=1)
+async def test_layer_passes_behind_sentinels(kind: Kind, check: Check, quiet_sentinels: Sentinels) -> None:
+    """Each layer behind Sentinel keeps every clause that applies to it."""
+    await check(kind.factory(quiet_sentinels.servers[0], hosts=[quiet_sentinels.host]), kind.features)
 
 
 @pytest.mark.anyio
 @both
-async def test_mixed_with_a_plain_host(kind: Kind, quiet: Sentinels, redis_server: RedisServer) -> None:
+async def test_mixed_with_a_plain_host(kind: Kind, quiet_sentinels: Sentinels, redis_server: RedisServer) -> None:
     """One server is found by sentinels, the other named; names are spread over both."""
-    layer = make(kind, quiet.host, redis_server.url)
+    layer = make(kind, quiet_sentinels.host, redis_server.url)
     async with layer:
         owners = set()
         for number in range(20):
@@ -56,8 +44,8 @@ async def test_mixed_with_a_plain_host(kind: Kind, quiet: Sentinels, redis_serve
                 await layer.group_send(f"group{number}", {"n": 2})
                 with fail_after(PATIENCE):
                     assert {(await inbox.receive())["n"], (await inbox.receive())["n"]} == {1, 2}
-            owners.add(layer._topology.owner(f"name{number}", ""))
-        assert owners == set(layer._topology.links)
+            owners.add(layer.options.router.owner(f"name{number}", ""))
+        assert owners == set(layer.options.router.links)
 
 
 @pytest.mark.anyio
@@ -96,10 +84,10 @@ async def test_failover_of_a_primary_that_stands_still(kind: Kind, sentinels: Se
         assert await inbox.receive() == {"n": 0}
         old.pause()
         try:
-            await until(lambda: all(link.connects > 1 and link.connection for link in layer._topology.links))
+            await until(lambda: all(link.connects > 1 and link.connection for link in layer.options.router.links))
             with fail_after(PATIENCE):
                 if kind is QUEUE:
-                    await until(lambda: layer.statistics().connections == len(layer._links))
+                    await until(lambda: layer.statistics().connections == len(layer.options.router.running))
                 await layer.group_send("room", {"n": 1})
                 assert await inbox.receive() == {"n": 1}
             assert new.is_primary()
@@ -119,7 +107,7 @@ async def test_planned_failover(kind: Kind, sentinels: Sentinels) -> None:
         tg.start_soon(books.receive)
         await until(lambda: len(books.received) > 20)
         await to_thread.run_sync(sentinels.fail_over)
-        await until(lambda: f":{old.port}" not in layer._topology.links[0].name.partition("(")[0])
+        await until(lambda: f":{old.port}" not in layer.options.router.links[0].name.partition("(")[0])
         count = len(books.received)
         await until(lambda: len(books.received) > count + 20)
         tg.cancel_scope.cancel()
@@ -149,7 +137,7 @@ async def test_the_sentinel_that_is_listened_to_dies(sentinels: Sentinels) -> No
     """Another one is listened to instead, and a failover then is followed."""
     layer = make(QUEUE, sentinels.host)
     async with layer:
-        (watch,) = [link for link in layer._links if link not in layer._topology.links]
+        (watch,) = [link for link in layer.options.router.running if link not in layer.options.router.links]
         await until(lambda: watch.connection is not None)
         port = int(watch.name.rpartition(":")[2])
         (heard,) = [one for one in sentinels.sentinels if one.port == port]
@@ -172,49 +160,74 @@ async def test_a_sentinel_that_hangs(sentinels: Sentinels, monkeypatch: pytest.M
 
 
 @pytest.mark.anyio
-async def test_what_sentinels_may_say(quiet: Sentinels) -> None:
+async def test_what_sentinels_may_say(quiet_sentinels: Sentinels) -> None:
     """An unknown name, a replica in the place of the primary: the error names the primary and the rule."""
-    layer = make(QUEUE, {**quiet.host, "master_name": "other"}, connect_timeout=0.3)
+    layer = make(QUEUE, {**quiet_sentinels.host, "master_name": "other"}, connect_timeout=0.3)
     with pytest.raises(redis.exceptions.ConnectionError, match="Redis 'other' .*it knows no such primary"):
         await layer.open()
-    replica = quiet.servers[1]
-    (endpoint,) = Topology([quiet.host]).endpoints
-    assert isinstance(endpoint, module.Sentinels)
+    replica = quiet_sentinels.servers[1]
 
     async def lag() -> tuple[str, int]:
         return replica.host, replica.port
 
-    layer = make(QUEUE, quiet.host, connect_timeout=0.3)
-    layer._topology.endpoints[0]._ask = lag
+    layer = make(QUEUE, quiet_sentinels.host, connect_timeout=0.3)
+    layer.options.router.servers[0].find_primary = lag
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{replica.port} .*is no primary at the moment"):
         await layer.open()
     # Whom it doubts it asks for again, and takes an answer that differs.
-    doubting = layer._topology.endpoints[0]
-    del doubting._ask
-    assert doubting._doubted == (replica.host, replica.port)
+    doubting = layer.options.router.servers[0]
+    del doubting.find_primary
+    assert doubting.doubted == (replica.host, replica.port)
     async with layer:
-        assert doubting._doubted is None
+        assert doubting.doubted is None
     gone = ("127.0.0.1", free_port())
-    doubting._doubted = (quiet.servers[0].host, quiet.servers[0].port)
-    assert await doubting._ask() == doubting._doubted  # they all say so
+    doubting.doubted = (quiet_sentinels.servers[0].host, quiet_sentinels.servers[0].port)
+    assert await doubting.find_primary() == doubting.doubted  # they all say so
 
     async def away() -> tuple[str, int]:
         return gone
 
-    doubting._ask = away
+    doubting.find_primary = away
     with pytest.raises(redis.exceptions.ConnectionError, match=f":{gone[1]}"):
         await layer.open()
-    assert doubting._doubted == gone
+    assert doubting.doubted == gone
 
 
 @pytest.mark.anyio
-async def test_what_is_said_to_those_who_listen(quiet: Sentinels) -> None:
+async def test_a_sentinel_that_lags_behind() -> None:
+    """While the primary is not where one sentinel says, another one's answer counts, also if that comes later."""
+    old, new = ("127.0.0.1", 1), ("127.0.0.1", 2)
+    told = Event()
+
+    class Lagging:
+        async def ask(self, *_: Any, **__: Any) -> tuple[str, int]:
+            told.set()
+            return old
+
+    class Knowing:
+        async def ask(self, *_: Any, **_options: Any) -> tuple[str, int]:
+            await told.wait()
+            for __ in range(5):
+                await checkpoint()
+            return new
+
+    address = parse_host({"sentinels": [("127.0.0.1", 3), ("127.0.0.1", 4)], "master_name": "mymaster"})
+    assert isinstance(address, SentinelAddress)
+    asked = module.Sentinels(address)
+    asked.servers[:] = [Lagging(), Knowing()]  # type: ignore[list-item]
+    assert await asked.find_primary() == old
+    asked.doubted = old
+    assert await asked.find_primary() == new
+
+
+@pytest.mark.anyio
+async def test_what_is_said_to_those_who_listen(quiet_sentinels: Sentinels) -> None:
     """Only what is said of our primary counts, and only if it can be understood; the connection is kept alive."""
-    async with make(QUEUE, quiet.host, keep_alive=0.05) as layer:
-        (watch,) = [link for link in layer._links if link not in layer._topology.links]
+    async with make(QUEUE, quiet_sentinels.host, keep_alive=0.05) as layer:
+        (watch,) = [link for link in layer.options.router.running if link not in layer.options.router.links]
         await until(lambda: watch.connection is not None)
         for said in (b"other 127.0.0.1 1 127.0.0.1 2", b"mymaster 127.0.0.1", b"mymaster a b c d", b""):
-            watch._on_push([b"message", b"+switch-master", said])
+            watch._events.on_push(watch, [b"message", b"+switch-master", said])
         before = watch.connection.commands
         await until(lambda: watch.connection.commands > before + 2)
         assert layer.statistics().reconnects == 0
@@ -269,19 +282,20 @@ async def test_passwords(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_hosts_that_cannot_be(host: Any, error: type[Exception], text: str) -> None:
     """Each mistake is told with its rule."""
     with pytest.raises(error) as caught:
-        Topology([host])
+        parse_hosts([host])
     assert text in str(caught.value)
 
 
 def test_urls() -> None:
     """A URL says what the dict of options says."""
-    found = parse_sentinel("rediss+sentinel://me:p%40ss@a,b:1,[::1]:2/mymaster/3?ssl_cert_reqs=none&socket_timeout=4")
+    found = parse_host("rediss+sentinel://me:p%40ss@a,b:1,[::1]:2/mymaster/3?ssl_cert_reqs=none&socket_timeout=4")
+    assert isinstance(found, SentinelAddress)
     assert [(one.host, one.port) for one in found.sentinels] == [("a", 26379), ("b", 1), ("::1", 2)]
     assert all(one.tls is not None and one.username is None for one in found.sentinels)
-    assert (found.master_name, found.timeout) == ("mymaster", 4.0)
+    assert (found.master_name, found.primary.timeout) == ("mymaster", 4.0)
     assert (found.primary.username, found.primary.password, found.primary.db) == ("me", "p@ss", 3)
     assert found.primary.tls is not None
-    assert found.name == "Redis 'mymaster' (Sentinel at a:26379, b:1, ::1:2)"
+    assert module.Sentinels(found).name == "Redis 'mymaster' (Sentinel at a:26379, b:1, ::1:2)"
     layer = create_channel_layer("redis+sentinel+pubsub://a/m?prefix=x")
     assert layer.__class__.__name__ == "RedisPubSubChannelLayer"
-    assert Topology([{"address": "redis+sentinel://a/m"}]).name == "Redis 'm' (Sentinel at a:26379)"
+    assert make_router([{"address": "redis+sentinel://a/m"}], cluster=False).name == "Redis 'm' (Sentinel at a:26379)"

@@ -34,6 +34,8 @@ from redis_server import (
     shared_server,
 )
 
+pytestmark = pytest.mark.two_loops
+
 ONCE = Retry(NoBackoff(), 0)
 PING = b"PING\r\n"
 PONG = b"+PONG\r\n"

@@ -19,19 +19,25 @@ from hypothesis.stateful import run_state_machine_as_test
 from layers_on_redis import (
     CASES,
     PATIENCE,
-    PUBSUB,
     QUEUE,
     Kind,
     both,
     hold_inbox,
+    link_to_channel,
+    link_to_group,
     new_prefix,
     pass_on_both,
+    port_of,
     until,
+    until_answered,
 )
 from redis_server import RedisServer, free_port
 
 from anyio_channels import MessagesLost
+from anyio_channels.redis.queue import room
 from anyio_channels.testing import Check, contract_machine
+
+pytestmark = pytest.mark.two_loops
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +64,18 @@ def names_on(layer: Any, server: RedisServer, count: int, start: str = "name") -
     return [
         name
         for name in (f"{start}{number}" for number in range(100 * count))
-        if owner_of(layer, name).endpoint.port == server.port
+        if owner_of(layer, name).server.address.port == server.port
     ][:count]
 
 
 def owner_of(layer: Any, name: str) -> Any:
-    return layer._topology.owner(name, name)
+    return layer.options.router.owner(name, name)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("kind", "check"), CASES)
+@pytest.mark.diagonal(("kind", "check"), CASES, start=0)
 async def test_layer_passes_on_two_servers(kind: Kind, check: Check, pair: list[RedisServer]) -> None:
-    """Each layer on two servers keeps every clause that applies to it, on every backend."""
+    """Each layer on two servers keeps every clause that applies to it."""
     await check(kind.factory(*pair), kind.features)
 
 
@@ -133,7 +139,7 @@ async def test_one_server_down(kind: Kind, own_pair: list[RedisServer]) -> None:
             tg.start_soon(read, channel)
             await reachable(layer, channel, got)
         down.kill()
-        await until(lambda: layer.statistics().connections < len(layer._links))
+        await until(lambda: layer.statistics().connections < len(layer.options.router.running))
         got.clear()
         await layer.send(here, {"to": here})
         await until(lambda: got == [here])
@@ -172,14 +178,18 @@ async def test_a_broadcast_with_one_server_down(own_pair: list[RedisServer]) -> 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("is_home", [True, False], ids=["where the first lives", "the other"])
 @both
-async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: list[RedisServer]) -> None:
+async def test_only_who_may_have_missed_something_is_told(
+    kind: Kind, is_home: bool, own_pair: list[RedisServer]
+) -> None:
     """The connection to one server is lost: inboxes that live there, or are in a group there, hear of a gap, others do not."""
     layer = make(kind, own_pair)
     async with layer, create_task_group() as tg:
         inboxes = [await tg.start(partial(hold_inbox, layer, prefix=start, on_gap="raise")) for start in "abcdefgh"]
-        gone = own_pair[1]
-        touched = [layer._link_of(inbox.channel).endpoint.port == gone.port for inbox in inboxes]
+        home = port_of(link_to_channel(layer, inboxes[0].channel))
+        gone = next(server for server in own_pair if (server.port == home) == is_home)
+        touched = [port_of(link_to_channel(layer, inbox.channel)) == gone.port for inbox in inboxes]
         if False in touched:  # by chance, all may live there
             joined = touched.index(False)
             await inboxes[joined].join(group_on(layer, gone))
@@ -187,7 +197,11 @@ async def test_only_who_may_have_missed_something_is_told(kind: Kind, own_pair: 
         with gone.client() as client:
             client.client_kill_filter(skipme=True, _type="normal")
             client.client_kill_filter(skipme=True, _type="pubsub")
-        await until(lambda: layer.statistics().reconnects and layer.statistics().connections == len(layer._links))
+        await until(
+            lambda: (
+                layer.statistics().reconnects and layer.statistics().connections == len(layer.options.router.running)
+            )
+        )
         for inbox, is_touched in zip(inboxes, touched, strict=True):
             if is_touched:
                 with pytest.raises(MessagesLost), fail_after(PATIENCE):
@@ -202,12 +216,8 @@ def group_on(layer: Any, server: RedisServer) -> str:
     """A group that ``server`` owns."""
     for number in itertools.count():
         name = f"group{number}"
-        link = (
-            layer._link_of(layer.group_key(name))
-            if layer.__class__ is PUBSUB.layer_class
-            else layer._link_of_group(name)
-        )
-        if link.endpoint.port == server.port:
+        link = link_to_group(layer, name)
+        if port_of(link) == server.port:
             return name
     raise AssertionError
 
@@ -251,3 +261,26 @@ async def test_senders_who_wait_on_two_servers(pair: list[RedisServer]) -> None:
                 tg.start_soon(partial(layer.send, channel, {"n": 1}, wait=True))
                 with fail_after(PATIENCE):
                     assert [await layer.receive(channel), await layer.receive(channel)] == [{"n": 0}, {"n": 1}]
+
+
+@pytest.mark.anyio
+async def test_whoever_waits_for_room_hears_of_it_after_a_reconnect(
+    own_pair: list[RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender that waits at a server whose connection is made anew is told of room there; one elsewhere waits on."""
+    monkeypatch.setattr(room, "_RECHECK", 60.0)  # a look that is on its way when the connection ends is told of it
+    layer = make(QUEUE, own_pair, capacity=1)
+    async with layer, create_task_group() as tg:
+        names = [names_on(layer, server, 1)[0] for server in own_pair]
+        for name in names:
+            await layer.send(name, {"n": 0})
+            tg.start_soon(partial(layer.send, name, {"n": 1}, wait=True))
+        for server in own_pair:
+            with server.client() as client:
+                await until(lambda client=client: client.pubsub_channels("*:waiting:*"))  # type: ignore[misc]
+        await until_answered(layer)
+        link_to_channel(layer, names[0]).reconnect("the test said so")
+        await until(lambda: layer.statistics().reconnects == 1)
+        for name in names:
+            with fail_after(PATIENCE):
+                assert [await layer.receive(name), await layer.receive(name)] == [{"n": 0}, {"n": 1}]

@@ -14,11 +14,11 @@ from layers_on_redis import Kind, both, grow_older, hold_inbox, new_prefix
 from redis_server import RedisServer, new_directory
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
-from anyio_channels.layers.redis.keys import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
-from anyio_channels.layers.redis.layer import RedisLayer
-from anyio_channels.layers.redis.survey import ChannelSeen, GroupSeen, Look, ServerSeen, Survey
+from anyio_channels.doctor.seen import ChannelSeen, GroupSeen, Look, ServerSeen
+from anyio_channels.doctor.survey import RedisLayer, Survey
+from anyio_channels.redis.wire import keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 
 async def look_at(layer: RedisLayer) -> Look:
@@ -69,18 +69,19 @@ def redis_server_keys(server: RedisServer, prefix: str) -> set[bytes]:
 
 async def test_many_channels(redis_server: RedisServer) -> None:
     """What does not come in one step of SCAN, or fit into one pipeline, is seen too."""
-    layer = RedisChannelLayer([redis_server.url], prefix=new_prefix())
+    prefix = new_prefix()
+    layer = RedisChannelLayer([redis_server.url], prefix=prefix)
     now = time.time()
     with redis_server.client() as client, client.pipeline() as pipeline:
         for number in range(2500):
-            pipeline.zadd(f"{layer.prefix}channel{number}", {"x": now})
+            pipeline.zadd(f"{prefix}channel{number}", {"x": now})
         pipeline.execute()
         look = await look_at(layer)
         assert (len(look.channels), look.depth) == (2500, 2500)
         async with Survey(layer) as survey:
             await survey.require()
             await survey.erase()
-    assert redis_server_keys(redis_server, layer.prefix) == set()
+    assert redis_server_keys(redis_server, prefix) == set()
 
 
 async def test_looking_leaves_no_trace(redis_server: RedisServer) -> None:
@@ -97,7 +98,7 @@ async def test_expired_memberships_are_no_members(redis_server: RedisServer) -> 
     async with layer:
         await layer.group_add("room", "old")
         with redis_server.client() as client:
-            grow_older(client, layer.prefix, 61)
+            grow_older(client, layer.options.prefix, 61)
         await layer.send("unrelated", {})
     async with Survey(layer) as survey:
         await survey.require()

@@ -35,13 +35,21 @@ from anyio_channels import portal as portal_module
 from anyio_channels.portal import Portal
 from anyio_channels.sync import SyncChannelLayer
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
     pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
     pytest.param(("trio", {}), id="trio"),
 ]
-KINDS: list[type[Any]] = [InMemoryChannelLayer, RedisChannelLayer, RedisPubSubChannelLayer]
+SUBJECTS = [
+    pytest.param((InMemoryChannelLayer, "asyncio", {"use_uvloop": False}), id="memory-asyncio"),
+    pytest.param((InMemoryChannelLayer, "asyncio", {"use_uvloop": True}), id="memory-uvloop"),
+    pytest.param((InMemoryChannelLayer, "trio", {}), id="memory-trio"),
+    pytest.param((RedisChannelLayer, "asyncio", {"use_uvloop": True}), id="queue-uvloop"),
+    pytest.param((RedisPubSubChannelLayer, "trio", {}), id="pubsub-trio"),
+    pytest.param((RedisPubSubChannelLayer, "asyncio", {"use_uvloop": False}), id="pubsub-asyncio"),
+]
+"""Each layer, with each event loop somewhere; what crosses into a loop is the same whatever the layer does there."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -50,21 +58,15 @@ def backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return found
 
 
-@pytest.fixture(params=KINDS, ids=["memory", "queue", "pubsub"])
-def inside(request: pytest.FixtureRequest) -> BaseChannelLayer:
+@pytest.fixture(params=SUBJECTS)
+def sync(request: pytest.FixtureRequest) -> SyncChannelLayer:
     """A layer that is not open yet."""
-    if request.param is InMemoryChannelLayer:
-        return InMemoryChannelLayer(capacity=1000, channel_capacity={"small": 5})
-    server: RedisServer = request.getfixturevalue("redis_server")
-    layer: BaseChannelLayer = request.param(
-        hosts=[server.url], prefix=new_prefix(), capacity=1000, channel_capacity={"small": 5}
-    )
-    return layer
-
-
-@pytest.fixture
-def sync(inside: BaseChannelLayer, backend: tuple[str, dict[str, Any]]) -> SyncChannelLayer:
-    return SyncChannelLayer(inside, backend[0], backend_options=backend[1])
+    layer_class, backend, backend_options = request.param
+    options: dict[str, Any] = {"capacity": 1000, "channel_capacity": {"small": 5}}
+    if layer_class is not InMemoryChannelLayer:
+        server: RedisServer = request.getfixturevalue("redis_server")
+        options |= {"hosts": [server.url], "prefix": new_prefix()}
+    return SyncChannelLayer(layer_class(**options), backend, backend_options=backend_options)
 
 
 def keeps_messages(layer: SyncChannelLayer) -> bool:
@@ -121,10 +123,22 @@ class Caller(threading.Thread):
         return self._outcome
 
 
+def portal_of(layer: SyncChannelLayer) -> Portal:
+    """Return the event loop that ``layer`` lives in."""
+    return layer._portal
+
+
+def life_of(portal: Portal) -> Any:
+    """Return the opening of ``portal`` that is under way."""
+    life = portal._life
+    assert life is not None
+    return life
+
+
 def wait_for_readers(layer: SyncChannelLayer, count: int) -> None:
     """Return when so many calls wait for a message, in whatever threads."""
     while layer.statistics().waiting_receivers < count:
-        pass
+        time.sleep(0.001)  # spinning would take the interpreter from the threads that are to get there
 
 
 def test_messages(sync: SyncChannelLayer) -> None:
@@ -196,7 +210,7 @@ def test_errors_are_those_of_the_layer(sync: SyncChannelLayer) -> None:
             layer.send("a", {}, timeout=5)
 
 
-@pytest.mark.parametrize("inside", KINDS[:2], indirect=True, ids=["memory", "queue"])
+@pytest.mark.parametrize("sync", SUBJECTS[:4], indirect=True)
 def test_capacity(sync: SyncChannelLayer) -> None:
     """A full channel refuses, or is waited for."""
     with sync as layer:
@@ -315,9 +329,7 @@ def test_an_interrupted_wait_takes_nothing(backend: tuple[str, dict[str, Any]]) 
     def interrupt() -> None:
         wait_for_readers(layer, 1)
         raised.clear()
-        while not raised.wait(
-            0.02
-        ):  # a signal that comes just before Python waits for a lock is seen after that wait only
+        while not raised.wait(0.02):  # one that comes just before Python waits for a lock is seen only after that wait
             signal.pthread_kill(main, signal.SIGUSR1)
 
     raised.set()
@@ -396,8 +408,7 @@ def test_in_a_fork() -> None:
     """Every call says so, and leaving is silent. (Real forks are in test_sync_deployed.py; this one can be measured.)"""
     layer = SyncChannelLayer(InMemoryChannelLayer()).open()
     inbox = layer.subscribe("room").__enter__()
-    life = layer._portal._life
-    assert life is not None
+    life = life_of(portal_of(layer))
     life.pid += 1
     for call in (lambda: layer.send("a", {}), layer.open, inbox.receive):
         with pytest.raises(RuntimeError, match=r"was opened in process \d+, and this is a fork of it, process \d+"):
@@ -405,7 +416,7 @@ def test_in_a_fork() -> None:
     inbox.__exit__(None, None, None)
     layer.close()
     life.pid -= 1
-    layer._portal._lock_pid += 1  # which a fork may have inherited taken: the child makes another one
+    portal_of(layer)._lock_pid += 1  # which a fork may have inherited taken: the child makes another one
     assert layer.group_channels("room") == {inbox.channel}
     layer.close()
     with layer:
@@ -561,8 +572,8 @@ def test_a_call_that_crosses_closing(backend: tuple[str, dict[str, Any]]) -> Non
     may_go_on = hold_loop(portal)
     future = portal.start("coming late", anyio.sleep_forever)
     closing = Caller(portal.close)
-    while portal._life is not None and portal._life.state == "open":
-        pass
+    while life_of(portal).state == "open":
+        time.sleep(0.001)  # until the other thread has begun to close it
     may_go_on.set()
     with pytest.raises(CancelledError):
         future.result(PATIENCE)
@@ -662,18 +673,17 @@ def test_opening_closing_and_calling_at_the_same_time(backend: tuple[str, dict[s
 def test_closed_before_its_loop_has_begun(backend: tuple[str, dict[str, Any]]) -> None:
     """Who opens is told so, nothing was entered, and what is for the ended loop is for nobody."""
     portal = Portal("it", lambda: Troubled(at="enter"), backend[0], backend[1])
-    run, started, may_begin = portal._run, threading.Event(), threading.Event()
+    started, may_begin = threading.Event(), threading.Event()
 
     def run_later(main: Callable[[], Any]) -> None:
         started.set()
         assert may_begin.wait(PATIENCE)
         run(main)
 
-    portal._run = run_later  # type: ignore[assignment]
+    run, portal._run = portal._run, run_later  # type: ignore[assignment]
     opening = Caller(portal.open)
     assert started.wait(PATIENCE)
-    life = portal._life
-    assert life is not None
+    life = life_of(portal)
     closing = Caller(portal.close)
     deadline = time.monotonic() + PATIENCE
     while life.state != "closing":
@@ -853,23 +863,23 @@ def test_interrupted_at_the_worst_moment(monkeypatch: pytest.MonkeyPatch) -> Non
                 layer.receive("a")
         layer.send("a", {"n": 1})
         assert layer.receive("a", PATIENCE) == {"n": 1}
-        call = layer._portal.call
+        call = portal_of(layer).call
         inbox = layer.subscribe("room")
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_after)
+            patch.setattr(portal_of(layer), "call", interrupted_after)
             with pytest.raises(TimeIsUp):
                 inbox.__enter__()
         while layer.group_channels("room"):
             pass
         inbox = layer.subscribe("room").__enter__()
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_before)
+            patch.setattr(portal_of(layer), "call", interrupted_before)
             with pytest.raises(TimeIsUp):
                 inbox.__exit__(None, None, None)
         while layer.group_channels("room"):
             pass
         with monkeypatch.context() as patch:
-            patch.setattr(layer._portal, "call", interrupted_before)
+            patch.setattr(portal_of(layer), "call", interrupted_before)
             inbox = layer.subscribe("room")
             with pytest.raises(TimeIsUp):
                 inbox.__enter__()

@@ -35,6 +35,8 @@ from websockets.sync.client import ClientConnection, connect
 from anyio_channels import create_channel_layer
 from anyio_channels.sync import SyncChannelLayer
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 30.0
 ROOM = "room"
 HERE = Path(__file__).parent
@@ -255,15 +257,12 @@ class Place:
             app.backend.client.close()
             app.close()
 
-    def script(self, text: str, *, measured: bool = True) -> Process:
+    def script(self, text: str) -> Process:
         path = self.directory / "script.py"
         path.write_text("import os, sys\nfrom deployed_apps import layer, make_layer\n" + dedent(text))
         # From 3.12 on a fork of a process with threads is warned about, whatever the fork does.
         command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", str(path)]
-        environment = self.environment("script")
-        if not measured:
-            environment.pop("COVERAGE_PROCESS_CONFIG", None)
-        return Process(self.directory, command, environment)
+        return Process(self.directory, command, self.environment("script"))
 
 
 @pytest.fixture
@@ -699,6 +698,6 @@ def test_a_storm_of_interrupts(place: Place) -> None:
                     layer.send("channel", {"number": number})
                     assert layer.receive("channel", timeout=20) == {"number": number}
     """
-    with place.script(text, measured=False) as script:
+    with place.script(text) as script:
         assert script.end() == ("", "")
     place.await_nothing_left("script")

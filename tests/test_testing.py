@@ -7,13 +7,25 @@ from typing import Any
 
 import anyio
 import pytest
-from broken import BROKEN, NOT_FOR_THE_MACHINE, FailsInSend, ForgetsToWake, HangsInSend, RefusesAlways
+from broken import (
+    BROKEN,
+    NOT_FOR_THE_MACHINE,
+    ClosesWithAMessage,
+    DeliversTwice,
+    FailsInSend,
+    ForgetsToWake,
+    HangsInSend,
+    RefusesAlways,
+    WorksClosed,
+)
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from anyio_channels import InMemoryChannelLayer
 from anyio_channels.layers.base import BaseChannelLayer
 from anyio_channels.testing import CHECKS, Check, Clock, ContractViolation, contract_machine, run_checks
+
+SOON_FOUND = {ClosesWithAMessage, DeliversTwice, FailsInSend, ForgetsToWake, HangsInSend, RefusesAlways, WorksClosed}
 
 
 def make_memory(clock: Clock, **options: Any) -> InMemoryChannelLayer:
@@ -33,14 +45,22 @@ async def test_run_checks_passes() -> None:
     await run_checks(make_memory)
 
 
-@pytest.mark.slow
-def test_in_memory_layer_matches_the_model(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("part", [0.15, pytest.param(1, marks=pytest.mark.slow)])
+def test_in_memory_layer_matches_the_model(part: float, anyio_backend: tuple[str, dict[str, Any]]) -> None:
     """The in-memory layer does what the plain-dict model does, on every backend."""
-    run_state_machine_as_test(contract_machine(make_memory, *anyio_backend))
+    profile = settings()
+    run_state_machine_as_test(
+        contract_machine(make_memory, *anyio_backend),
+        settings=settings(profile, max_examples=round(part * profile.max_examples)),
+    )
 
 
-@pytest.mark.parametrize(("layer", "clauses"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "clauses"),
+    # The one that hangs takes a time-out for each check.
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] is HangsInSend else ()) for one in BROKEN],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_checks_catch(layer: Any, clauses: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks name the clause that a broken layer breaks."""
     monkeypatch.setattr("anyio_channels.testing.checks._TIME_LIMIT", 0.5)
@@ -55,8 +75,15 @@ def test_checks_catch(layer: Any, clauses: set[str], monkeypatch: pytest.MonkeyP
     assert clauses <= named
 
 
-@pytest.mark.parametrize("layer", [layer for layer, _ in BROKEN if layer not in NOT_FOR_THE_MACHINE])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layer",
+    # These take a few steps to find, the others hundreds.
+    [
+        pytest.param(layer, marks=() if layer in SOON_FOUND else pytest.mark.slow)
+        for layer, _ in BROKEN
+        if layer not in NOT_FOR_THE_MACHINE
+    ],
+)
 def test_machine_catches(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state machine finds a broken layer too, within the examples of the fast profile."""
     monkeypatch.setattr("anyio_channels.testing.machine._WAIT", 1.0)

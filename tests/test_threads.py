@@ -13,6 +13,7 @@ import anyio
 import pytest
 import trio
 from anyio.from_thread import start_blocking_portal
+from conftest import here
 
 from anyio_channels import InMemoryChannelLayer
 
@@ -195,11 +196,11 @@ def test_a_receiver_whose_trio_run_ended_swallows_nothing() -> None:
     token = anyio.run(leave, backend="trio")
     assert layer.statistics().waiting_receivers == 0
     # A reader that trio had no chance to cancel, as after a crash of the run: its token is all that is left.
-    reader = layer._get_channel("a")
+    reader = here(layer).find("a")
 
     async def join() -> None:
-        from anyio_channels.layers.backend import thread
-        from anyio_channels.layers.mailbox import Waiter
+        from anyio_channels.local.waiting import Waiter
+        from anyio_channels.wakeup import thread
 
         waiter = Waiter(reader, thread.state.new_bell()[0], token)
         reader._take_or_join(waiter, in_front=False)

@@ -24,7 +24,10 @@ from redis_server import RedisServer, free_port, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 20.0
+expect.set_options(timeout=1000 * PATIENCE)
 PAGE = ROOT / "docs" / "tutorial.md"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BLOCKS = read_blocks(PAGE)

@@ -32,6 +32,8 @@ from urllib.parse import unquote, unquote_to_bytes
 import pytest
 from served_apps import BLOB, EVENTS
 
+pytestmark = pytest.mark.usefixtures("unmeasured_processes")
+
 PATIENCE = 30.0
 HOST = "127.0.0.1"
 SHA256 = hashlib.sha256(BLOB).hexdigest()
@@ -83,6 +85,15 @@ OUTWARD = [Kind("flask", "hypercorn"), Kind("flask", "hypercorn", "trio"), Kind(
 OUTWARD += [Kind("django", kind.server, kind.backend, "/base") for kind in OUTWARD]
 INWARD = [Kind("starlette", server, backend) for server in ("waitress", "gunicorn") for backend in ("asyncio", "trio")]
 KINDS = [*OUTWARD, *INWARD, *(Kind("fastapi", kind.server, kind.backend, "/base") for kind in INWARD)]
+FIRST = {
+    "flask-uvicorn-asyncio",
+    "flask-hypercorn-trio",
+    "django-hypercorn-asyncio",
+    "starlette-waitress-trio",
+    "starlette-gunicorn-asyncio",
+    "fastapi-gunicorn-trio",
+}
+"""Each framework, server, backend and kind of root path once or twice; the other combinations are slow."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,12 @@ def read_response(client: socket.socket) -> bytes:
         return response.read()
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
+def in_turn(kinds: list[Kind]) -> list[Any]:
+    """Return ``kinds`` as parameters, all but the first of their kind marked slow."""
+    return [pytest.param(kind, marks=[] if str(kind) in FIRST else pytest.mark.slow, id=str(kind)) for kind in kinds]
+
+
+@pytest.fixture(scope="module", params=in_turn(KINDS))
 def shared_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """One for many tests, which must end in order, whatever they did to it."""
     with tempfile.TemporaryDirectory() as directory, Server(request.param, Path(directory)) as server:
@@ -498,7 +514,7 @@ def test_events(server: Server, name: str) -> None:
 # Start and end
 
 
-@pytest.mark.parametrize("kind", INWARD, ids=str)
+@pytest.mark.parametrize("kind", in_turn(INWARD))
 def test_lifespan(kind: Kind, start: Callable[..., Server]) -> None:
     """Once for each process, at its start or first request and at its end; requests see the state."""
     server = start(kind)

@@ -28,6 +28,8 @@ from anyio.lowlevel import checkpoint
 
 from anyio_channels.wsgi import WsgiToAsgi
 
+pytestmark = pytest.mark.two_loops
+
 PATIENCE = 20.0
 TEXT = [("Content-Type", "text/plain")]
 
@@ -1033,8 +1035,7 @@ async def test_a_task_that_is_cancelled_natively_lets_its_thread_go() -> None:
     go_on = threading.Event()
 
     def app(environ: Environ, start_response: Any) -> Iterator[bytes]:
-        start_response("200 OK", TEXT)
-        write = start_response.__self__._write
+        write = start_response("200 OK", TEXT)
         yield b"first"
         assert go_on.wait(PATIENCE)
         try:

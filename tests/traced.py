@@ -56,10 +56,10 @@ class Telemetry:
 
 def traced(factory: LayerFactory) -> LayerFactory:
     """Put OpenTelemetry around the layers of ``factory``."""
-    telemetry = Telemetry()
 
     def make(clock: Clock, **options: Any) -> BaseChannelLayer:
-        layer = telemetry.wrap(factory(clock, **options))
+        # Each layer has its own: Hypothesis remembers the factory, which would keep all spans until the session ends.
+        layer = Telemetry().wrap(factory(clock, **options))
         clock.move, clock.settle = _inside(clock.move), _inside(clock.settle)
         return layer
 

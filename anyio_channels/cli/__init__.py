@@ -5,7 +5,7 @@ Rules:
   says how to get it.
 - a command is a module; ``commands`` puts them together, ``running`` starts and ends them, ``options`` makes the layer,
   ``output`` writes.
-- of Redis it knows nothing: ``layers.redis.survey`` and ``layers.redis.checkup`` look into it.
+- of Redis it knows nothing: ``doctor.survey`` and ``doctor.checkup`` look into it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from anyio_channels.layers import BaseChannelLayer, Inbox, InMemoryChannelLayer
+from anyio_channels.contract.layer import BaseChannelLayer, Inbox
+from anyio_channels.memory import InMemoryChannelLayer
 
 from .options import Choice, Seconds, layer_options
 from .output import console, note, render, to_json, write
@@ -123,7 +124,7 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
 
 async def _measure_redis(choice: Choice, layer: Any, seconds: float, progress: Progress) -> list[_Result]:
     """Measure a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
-    make = partial(choice.make_layer_apart, f"{layer.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
+    make = partial(choice.make_layer_apart, f"{layer.options.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
     try:
         async with opened(make(), choice) as own:
             return await _measure_all(choice.shown.partition("://")[0], own, _IN_REDIS, seconds, progress)
@@ -133,7 +134,7 @@ async def _measure_redis(choice: Choice, layer: Any, seconds: float, progress: P
 
 
 async def _tidy_up(layer: Any) -> None:
-    from anyio_channels.layers.redis.survey import Survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.doctor.survey import Survey  # noqa: PLC0415 - an optional extra
 
     try:
         async with Quiet(), Survey(layer) as survey:

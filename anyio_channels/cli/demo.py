@@ -13,7 +13,8 @@ import socket
 import anyio
 import click
 
-from anyio_channels.layers import BaseChannelLayer, create_channel_layer
+from anyio_channels.contract.layer import BaseChannelLayer
+from anyio_channels.urls import create_channel_layer
 
 from .options import backend_option, censored, require_backend, shown, url_option
 

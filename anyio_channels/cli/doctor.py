@@ -16,7 +16,7 @@ from .output import console, printable, render, to_json, write
 from .running import Quiet, run
 
 if TYPE_CHECKING:
-    from anyio_channels.layers.redis.layer import RedisLayer
+    from anyio_channels.doctor.survey import RedisLayer
 
 __all__ = ["doctor"]
 
@@ -68,7 +68,7 @@ def doctor(choice: Choice, *, as_json: bool) -> None:
 
 
 async def _doctor(choice: Choice, layer: RedisLayer, trial: RedisLayer, as_json: bool) -> int:  # noqa: FBT001
-    from anyio_channels.layers.redis.checkup import check_up  # noqa: PLC0415 - an optional extra
+    from anyio_channels.doctor.checkup import check_up  # noqa: PLC0415 - an optional extra
 
     async with Quiet():
         findings = await check_up(layer, trial)

@@ -14,7 +14,7 @@ from .output import console, note, printable, render, to_json, write
 from .running import Quiet, run
 
 if TYPE_CHECKING:
-    from anyio_channels.layers.redis.layer import RedisLayer
+    from anyio_channels.doctor.survey import RedisLayer
 
 __all__ = ["groups"]
 
@@ -54,16 +54,14 @@ def groups(choice: Choice, group: str | None, *, as_json: bool) -> None:
 
 
 async def _groups(layer: RedisLayer, group: str | None, as_json: bool) -> int:  # noqa: FBT001
-    from anyio_channels.layers.redis.survey import Look, Survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.doctor.survey import Survey  # noqa: PLC0415 - an optional extra
 
-    members: dict[str, float] | None = None
     async with Quiet(), Survey(layer) as survey:
         await survey.require()
-        if group is not None:
-            members = await survey.members(group)
-        look = await survey.look() if members is None else Look((), (), (), 0)
-    if members is not None:
-        rows = [{"channel": name, "seconds": round(seconds, 3)} for name, seconds in members.items()]
+        members = None if group is None else await survey.members(group)
+        look = await survey.look() if members is None else None
+    if look is None:
+        rows = [{"channel": name, "seconds": round(seconds, 3)} for name, seconds in (members or {}).items()]
         await _print(rows, f"no members in group {group}", as_json)
         return 0
     found = [

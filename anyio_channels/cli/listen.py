@@ -18,8 +18,8 @@ import click
 from anyio import create_task_group, move_on_after
 from rich.text import Text
 
-from anyio_channels.layers import BaseChannelLayer
-from anyio_channels.layers.base import Message
+from anyio_channels.contract.layer import BaseChannelLayer, Message
+from anyio_channels.local.hub import Hub
 
 from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, note, render, to_json, to_text, watch_reader, write
@@ -169,5 +169,6 @@ async def _source(
         async with layer.subscribe(*groups, capacity=_INBOX, on_gap="event") as inbox:
             yield inbox.receive
     else:
-        await layer._listen(channel)  # noqa: SLF001 - what receive() begins with: pub/sub has confirmed it then
+        if isinstance(layer, Hub):
+            await layer._listen(channel)  # noqa: SLF001 - what receive() begins with; pub/sub keeps nothing until then
         yield partial(layer.receive, channel)

@@ -20,7 +20,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import click
 
-from anyio_channels.layers import BaseChannelLayer, InMemoryChannelLayer, create_channel_layer
+from anyio_channels.contract.layer import BaseChannelLayer
+from anyio_channels.memory import InMemoryChannelLayer
+from anyio_channels.urls import create_channel_layer
 
 __all__ = [
     "Choice",
@@ -190,7 +192,7 @@ def require_backend(backend: str, extra: str) -> None:
 
 def keeps_messages(layer: object) -> bool:
     """Whether it is the queue layer: messages wait in Redis, and reading takes them."""
-    from anyio_channels.layers.redis import RedisChannelLayer  # noqa: PLC0415 - an optional extra
+    from anyio_channels.redis.queue.layer import RedisChannelLayer  # noqa: PLC0415 - an optional extra
 
     return isinstance(layer, RedisChannelLayer)
 

@@ -14,9 +14,8 @@ from typing import Any
 import click
 from anyio import get_cancelled_exc_class
 
+from anyio_channels.contract.layer import BaseChannelLayer, Message
 from anyio_channels.exceptions import ChannelFull, MessageTooLarge
-from anyio_channels.layers import BaseChannelLayer
-from anyio_channels.layers.base import Message
 
 from .options import Choice, keeps_messages, layer_options
 from .output import from_json, note, read_chunk, to_json, write

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from anyio_channels.layers import BaseChannelLayer
+from anyio_channels.contract.layer import BaseChannelLayer
 
 from .options import Choice, Seconds, keeps_messages, layer_options
 from .output import console, is_terminal, printable, render, to_json, write
@@ -101,7 +101,7 @@ async def _stats(
     once: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
 ) -> int:
-    from anyio_channels.layers.redis.survey import Survey  # noqa: PLC0415 - an optional extra
+    from anyio_channels.doctor.survey import Survey  # noqa: PLC0415 - an optional extra
 
     screen = console()
     is_live = is_terminal() and not (screen.is_dumb_terminal or once or as_json)
@@ -179,12 +179,14 @@ def _change(now: int | None, before: int | None, seconds: float) -> float | None
 def _tables(choice: Choice, layer: Any, values: dict[str, Any]) -> Group:
     kind = "queue" if keeps_messages(layer) else "pub/sub"
     at = time.strftime("%H:%M:%S", time.localtime(values["at"]))
-    parts: list[Any] = [Text(f"{choice.shown}  {kind} layer, prefix {layer.prefix!r}  {at}", style="bold")]
+    parts: list[Any] = [Text(f"{choice.shown}  {kind} layer, prefix {layer.options.prefix!r}  {at}", style="bold")]
     parts += [
         Text(printable(f"{one['error']}"), style="bold red") for one in values["servers"] if one["error"] is not None
     ]
     parts.append(_row({name: values[name] for name in ("channels", "depth", "groups", "members", "drops")}))
-    ours = ("zadd", "zpopmin", "bzpopmin") if kind == "queue" else ("spublish",) if layer.cluster else ("publish",)
+    ours = (
+        ("zadd", "zpopmin", "bzpopmin") if kind == "queue" else ("spublish",) if layer.options.cluster else ("publish",)
+    )
     calls = {name.upper(): values["calls_per_second"][name] for name in ours}
     parts.append(
         _row(

@@ -27,8 +27,8 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
+from anyio_channels.contract.layer import BaseChannelLayer, Inbox
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.layers import BaseChannelLayer, Inbox
 
 __all__ = ["MIN_MESSAGE_SIZE", "Visitor", "chat", "create_app"]
 

@@ -22,7 +22,7 @@ from anycorn import Config, serve  # pyright: ignore[reportUnknownVariableType]
 from anyio import TASK_STATUS_IGNORED, Event, create_task_group, open_signal_receiver, sleep
 from anyio.abc import TaskStatus
 
-from anyio_channels.layers import BaseChannelLayer
+from anyio_channels.contract.layer import BaseChannelLayer
 
 from .app import create_app
 

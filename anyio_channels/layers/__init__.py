@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio_channels.exceptions import ChannelFull, MessagesLost, MessageTooLarge
 
-from .base import BaseChannelLayer, ChannelLayerStatistics
-from .inbox import Inbox
+from .base import BaseChannelLayer, ChannelLayerStatistics, Inbox
 from .memory import InMemoryChannelLayer
 from .registry import (
     ChannelLayerRegistry,

@@ -26,9 +26,8 @@ from anyio.lowlevel import checkpoint
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from anyio_channels.contract.layer import BaseChannelLayer, Inbox, Message
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.layers.base import BaseChannelLayer, Message
-from anyio_channels.layers.inbox import Inbox
 
 from .checks import Clock, ContractViolation, Features, LayerFactory, Subject, listen, require, settle, until
 

@@ -19,7 +19,7 @@ from typing import Any
 from anyio import CapacityLimiter, Event, create_task_group, from_thread, to_thread
 from anyio.lowlevel import EventLoopToken, RunVar, current_token
 
-from anyio_channels.layers.base import require_count
+from anyio_channels.contract.options import require_count
 
 from .body import Body, first_of
 from .translate import (

@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 from anyio import ClosedResourceError, Event, current_effective_deadline, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 
-from anyio_channels.layers.base import require_count
+from anyio_channels.contract.options import require_count
 from anyio_channels.log import APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, said
 from anyio_channels.portal import Portal
 

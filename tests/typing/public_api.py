@@ -24,6 +24,7 @@ from anyio_channels import (
 )
 from anyio_channels.sync import SyncChannelLayer, SyncInbox
 from anyio_channels.testing import Clock, Features, contract_machine, run_checks
+from anyio_channels.urls import register_scheme
 from anyio_channels.wsgi import AsgiToWsgi, WsgiToAsgi
 
 
@@ -64,6 +65,15 @@ async def check() -> None:
     assert_type(get_channel_layer(), BaseChannelLayer | None)
     assert_type(create_channel_layer("memory://"), BaseChannelLayer)
     assert_type(MessagesLost(5).missed, int | None)
+
+
+def make_from_url(url: str, *, capacity: int = 5) -> BaseChannelLayer:
+    return InMemoryChannelLayer(capacity=capacity + len(url))
+
+
+def register() -> None:
+    register_scheme("mine", make_from_url)
+    register_scheme("mine", len)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 def use_synchronously(layer: InMemoryChannelLayer) -> None:

@@ -1,9 +1,7 @@
-"""The layers on Redis. Importing them needs the extra ``anyio_channels[redis]``."""
+"""The import path of ``fast_channels.layers.redis``."""
 
-from __future__ import annotations
-
-from .layer import RedisLayerStatistics
-from .pubsub import RedisPubSubChannelLayer
-from .queue import RedisChannelLayer
+from anyio_channels.redis.pubsub import RedisPubSubChannelLayer
+from anyio_channels.redis.queue.layer import RedisChannelLayer
+from anyio_channels.redis.servers import RedisLayerStatistics
 
 __all__ = ["RedisChannelLayer", "RedisLayerStatistics", "RedisPubSubChannelLayer"]

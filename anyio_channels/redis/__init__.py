@@ -1,0 +1,1 @@
+"""Channel layers on Redis, and the small client below them."""

@@ -1,0 +1,324 @@
+"""Where Redis servers are and how to log in there: from URLs and options to frozen dataclasses. The only parser of these.
+
+Rules:
+- options are those that ``hosts`` of channels_redis and the URLs of the ``redis`` package have; the ``redis`` package parses
+  the query of a URL. An unknown option is a ``TypeError`` that lists the known ones.
+- TLS verifies the server's certificate and name unless it is told not to.
+- a password is in no ``repr``, log or error.
+- nothing is connected here; the files of TLS options are read at once, so that a missing one is told early.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from redis.connection import SSLConnection, parse_url
+from redis.credentials import CredentialProvider
+
+Host = str | tuple[str, int] | list[Any] | dict[str, Any]
+"""One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
+
+DEFAULT_URL: Final = "redis://localhost:6379"
+_TLS_OPTIONS: Final = frozenset(
+    {
+        "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_ciphers",
+        "ssl_context", "ssl_keyfile", "ssl_min_version", "ssl_password",
+    }
+)  # fmt: skip
+_SENTINEL_PORT: Final = 26379
+T = TypeVar("T")
+_SENTINEL_HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """One server, and how to log in there."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    """The unix socket, if it is one."""
+    db: int = 0
+    username: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    credential_provider: CredentialProvider | None = field(default=None, repr=False)
+    client_name: str | None = None
+    timeout: float | None = None
+    connect_timeout: float | None = None
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The name used in error messages."""
+        if self.path is not None:
+            return f"Redis at {self.path}"
+        return f"Redis at [{self.host}]:{self.port}" if ":" in self.host else f"Redis at {self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class SentinelAddress:
+    """A primary that sentinels watch under a name."""
+
+    sentinels: tuple[Address, ...]
+    master_name: str
+    primary: Address
+    """How to log in there; the sentinels say where it is."""
+
+
+class SplitURL(NamedTuple):
+    """What a URL with options for somebody else says."""
+
+    hosts: list[Host]
+    is_cluster: bool
+    rest: list[tuple[str, str]]
+    """The options in the query that are for somebody else."""
+
+
+# Hosts
+
+
+def parse_hosts(hosts: Sequence[Host] | None) -> list[Address | SentinelAddress]:
+    """Return the addresses for ``hosts``; for ``None``, the server on this machine.
+
+    Raises ``TypeError`` for an unknown option and ``ValueError`` for a value that cannot be.
+    """
+    if hosts is None:
+        hosts = [DEFAULT_URL]
+    if isinstance(hosts, str | bytes | Mapping) or not isinstance(hosts, Sequence):
+        raise TypeError("hosts must be a list of Redis hosts, even if there is only one")
+    if not hosts:
+        raise ValueError("hosts must name at least one Redis host; leave it out for redis://localhost:6379")
+    return [parse_host(host) for host in hosts]
+
+
+def parse_host(host: Host) -> Address | SentinelAddress:
+    """Return the address for one entry of ``hosts``; raises as ``parse_hosts``."""
+    if isinstance(host, str):
+        options = _parse_url(host)
+    elif isinstance(host, Mapping):
+        options = dict(host)
+        if "address" in options:
+            options = _parse_url(options.pop("address")) | options
+    elif _is_pair(host):
+        options = {"host": host[0], "port": host[1]}
+    else:
+        raise TypeError("an entry of hosts must be a URL, a (host, port) pair or a dict of options")
+    if "sentinels" in options or "master_name" in options:
+        return _to_sentinels(options)
+    return _to_address(options)
+
+
+def _to_sentinels(options: dict[str, Any]) -> SentinelAddress:
+    found = options.pop("sentinels", None)
+    master_name = options.pop("master_name", None)
+    of_sentinels = options.pop("sentinel_kwargs", None) or {}
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        raise TypeError("sentinels of a Redis host must be a list of (host, port) pairs, with one at least")
+    if not isinstance(master_name, str) or not master_name:
+        raise TypeError("master_name of a Redis host must be the name that the sentinels have for it (str)")
+    if not isinstance(of_sentinels, Mapping):
+        raise TypeError("sentinel_kwargs of a Redis host must be a dict of options for the sentinels")
+    if unused := sorted({"host", "port", "path", "unix_socket_path"} & options.keys()):
+        raise ValueError(f"{', '.join(unused)} of a Redis host have no effect beside sentinels, who say where it is")
+    if odd := [one for one in found if not _is_pair(one)]:
+        raise TypeError(f"an entry of sentinels must be a (host, port) pair, not {odd[0]!r:.100}")
+    sentinels = tuple(_to_address({**of_sentinels, "host": host, "port": port}) for host, port in found)
+    return SentinelAddress(sentinels, master_name, _to_address(options))
+
+
+def _is_pair(host: object) -> bool:
+    return isinstance(host, Sequence) and not isinstance(host, str) and len(host) == 2  # noqa: PLR2004
+
+
+def _to_address(options: dict[str, Any]) -> Address:
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(_OPTIONS)}")
+    values = {
+        name.removeprefix("socket_"): rule(name, options[name]) for name, rule in _RULES.items() if name in options
+    }
+    path = options.get("path") or options.get("unix_socket_path")
+    with_tls = values.pop("ssl", False)
+    if with_tls and path:
+        raise ValueError("a Redis host on a unix socket has no TLS")
+    if not with_tls and (unused := sorted(_TLS_OPTIONS & options.keys())):
+        raise ValueError(f"{', '.join(unused)} of a Redis host have no effect without TLS: use rediss:// or ssl=True")
+    return Address(**values, path=path, tls=_tls_context(options) if with_tls else None)
+
+
+# URLs
+
+
+def _parse_url(url: object) -> dict[str, Any]:
+    """Return the options that the URL of a server, or of sentinels, gives."""
+    if not isinstance(url, str):
+        raise TypeError("the address of a Redis host must be a URL (str)")
+    scheme = url.partition("://")[0]
+    if scheme in ("redis+sentinel", "rediss+sentinel"):
+        return _parse_sentinel_url(url)
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("a Redis URL begins with redis://, rediss:// or unix://")
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.port != 0 and (scheme == "unix" or re.fullmatch(r"(/\d*)?", parts.path) is not None)
+    except ValueError:
+        is_sound = False
+    if not is_sound:
+        # No part of it here: a password with a character that it must not have is where a port or path should be.
+        raise ValueError(
+            "a Redis URL is redis://[user[:password]@]host[:port][/db][?options]; "
+            "characters like / ? # [ ] in a user or password must be percent-encoded"
+        )
+    options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
+    if options.pop("connection_class", None) is SSLConnection:
+        options["ssl"] = True
+    if scheme == "unix" and "path" not in options:
+        raise ValueError("a Redis URL with unix:// must have the path of the socket, as unix:///run/redis.sock")
+    return options
+
+
+def _parse_sentinel_url(url: str) -> dict[str, Any]:
+    scheme, login, servers, path = _parts(url)
+    master_name, _, db = path[1:].partition("/")
+    pairs = [pair for server in servers.split(",") if (pair := _SENTINEL_HOST.fullmatch(server))]
+    if not master_name or len(pairs) <= servers.count(",") or not re.fullmatch(r"\d*", db):
+        # No part of it here: it may hold a password.
+        raise ValueError(
+            "a Sentinel URL is redis+sentinel://[user[:password]@]host[:port][,host[:port]...]/master_name[/db][?options]"
+        )
+    # The rest is as in any URL of a Redis; the host is what the sentinels will say.
+    options = _parse_url(f"{scheme.partition('+')[0]}://{login}primary/{db}?{url.partition('?')[2]}")
+    del options["host"]
+    of_sentinels = {name: value for name, value in options.items() if name.startswith("ssl")}
+    for name in ("username", "password"):
+        if f"sentinel_{name}" in options:
+            of_sentinels[name] = options.pop(f"sentinel_{name}")
+    return {
+        **options,
+        "sentinels": [(pair[1] or pair[2], int(pair[3] or _SENTINEL_PORT)) for pair in pairs],
+        "master_name": master_name,
+        "sentinel_kwargs": of_sentinels,
+    }
+
+
+def _parts(url: str) -> tuple[str, str, str, str]:
+    """Return the scheme of ``url``, its user and password with the @, the names of servers, and the path with its slash."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    login, at, nodes = rest.rpartition("@")
+    names, slash, path = nodes.partition("/")
+    return scheme, login + at, names, slash + path
+
+
+def options_of(scheme: str) -> list[str]:
+    """Return the names of the options that a URL of ``scheme`` may give for its servers."""
+    return [*_OPTIONS, *(["sentinel_password", "sentinel_username"] if scheme.endswith("+sentinel") else [])]
+
+
+def split_url(url: str, others: Collection[str]) -> SplitURL:
+    """Split a URL of one server, or of several behind each other, of sentinels or of a cluster, that has more options.
+
+    ``others``: the names of options that are not for the servers.
+    """
+    scheme, login, names, path = _parts(url)
+    if "," in names and not all(names.split(",")):
+        raise ValueError(f"a list of servers in a channel layer URL has one without a name: {names!r}")
+    if "," in login + names + path and "@" in login[:-1]:
+        raise ValueError(
+            "user and password stand once in a channel layer URL, in front of all servers; an @ in them is %40"
+        )
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    tail = urlencode([pair for pair in pairs if pair[0] not in others])
+    is_cluster = scheme.endswith("+cluster")
+    scheme = scheme.removesuffix("+cluster")
+    is_list = is_cluster or scheme in {"redis", "rediss"}
+    hosts: list[Host] = [
+        f"{scheme}://{login}{name}{path}{tail and '?'}{tail}" for name in (names.split(",") if is_list else [names])
+    ]
+    return SplitURL(hosts, is_cluster, [pair for pair in pairs if pair[0] in others])
+
+
+# Values
+
+
+def _host(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"the {name} of a Redis server must be a str, not {value!r}")
+    return value
+
+
+def _only(kind: type[T], name: str, value: object) -> T | None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} of a Redis host must be a {kind.__name__}")  # and not what it is: it may be a password
+    return value or None
+
+
+def _whole(least: int, most: int, name: str, value: object) -> int:
+    with suppress(ValueError):
+        if isinstance(value, int | str) and least <= int(value) <= most:
+            return int(value)
+    raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {value!r}")
+
+
+def _flag(name: str, value: object) -> bool:
+    flag = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
+    if flag is None:
+        raise ValueError(f"{name} of a Redis host must be True or False, not {value!r}")
+    return flag
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    with suppress(TypeError, ValueError):
+        if 0 < (seconds := float(value)) < float("inf"):
+            return seconds
+    raise ValueError(f"{name} of a Redis host must be a positive number of seconds, not {value!r}")
+
+
+_RULES: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "client_name": partial(_only, str),
+    "credential_provider": partial(_only, CredentialProvider),
+    "db": partial(_whole, 0, 2**31),
+    "host": _host,
+    "password": partial(_only, str),
+    "port": partial(_whole, 1, 65535),
+    "socket_connect_timeout": _seconds,
+    "socket_timeout": _seconds,
+    "ssl": _flag,
+    "username": partial(_only, str),
+}
+_OPTIONS: Final = sorted({*_RULES, *_TLS_OPTIONS, "path", "unix_socket_path"})
+"""Every option a host entry accepts."""
+
+
+def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
+    given = options.get("ssl_context")
+    if given is not None:
+        if not isinstance(given, ssl.SSLContext):
+            raise TypeError(f"ssl_context of a Redis host must be an ssl.SSLContext, not {given!r}")
+        return given
+    context = ssl.create_default_context(
+        cafile=options.get("ssl_ca_certs"), capath=options.get("ssl_ca_path"), cadata=options.get("ssl_ca_data")
+    )
+    requirement = options.get("ssl_cert_reqs", "required")
+    levels = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+    level = levels.get(requirement) if isinstance(requirement, str) else requirement
+    if not isinstance(level, ssl.VerifyMode):
+        raise ValueError(f"ssl_cert_reqs must be one of {', '.join(map(repr, levels))}, not {requirement!r}")  # noqa: TRY004
+    check = _flag("ssl_check_hostname", options.get("ssl_check_hostname", True))
+    context.check_hostname = check and level is not ssl.CERT_NONE
+    context.verify_mode = level
+    if options.get("ssl_certfile"):
+        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password"))
+    if options.get("ssl_min_version") is not None:
+        context.minimum_version = ssl.TLSVersion(int(options["ssl_min_version"]))  # redis before 6 leaves it a str
+    if options.get("ssl_ciphers"):
+        context.set_ciphers(options["ssl_ciphers"])
+    return context

@@ -1,0 +1,236 @@
+"""Drives the protocol over one byte stream to a Redis server.
+
+Rules:
+- one reader and one writer. The writer sends all that is queued in one write (implicit pipelining); the reader never waits
+  for the writer or for whoever is told: replies wake their callers, pushes are handed to a plain function.
+- every decision is in a plain function: ``submit`` never waits, and ``execute`` only waits for what it submitted.
+- one task watches the time-outs of all requests: it sleeps until the oldest is due, not once for each request.
+- a cancelled caller leaves its request behind: if it was not written yet it never is, else its reply is swallowed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+from anyio import (
+    BrokenResourceError,
+    CancelScope,
+    ClosedResourceError,
+    EndOfStream,
+    aclose_forcefully,
+    create_task_group,
+    move_on_after,
+)
+from anyio.abc import ByteStream
+
+from anyio_channels.wakeup import Bell, thread
+
+from .errors import ConnectionLost, ConnectionTimeout
+from .protocol import Argument, Done, Parse, Request, RespProtocol
+
+_CHUNK: Final = 65536
+
+
+class Connection:
+    """One connection, from the first byte to the last.
+
+    ``run()`` serves it until it ends. All else is for the event loop that runs it.
+    """
+
+    def __init__(
+        self, stream: ByteStream, server: str, *, timeout: float, on_push: Callable[[list[Any]], object] | None = None
+    ) -> None:
+        """``server``: the name used in error messages. ``timeout``: seconds a request may take until the connection ends.
+
+        ``on_push`` is called with each push that confirms nothing; it must not wait.
+        """
+        self.server: str = server
+        self.timeout: float = timeout
+        self.version: tuple[int, ...] = (0,)
+        """The server's version, once the handshake told it."""
+        self.is_primary: bool = True
+        """Whether the server said in the handshake that it takes writes."""
+        self.commands: int = 0
+        """How many commands were submitted."""
+        self._protocol = RespProtocol(server)
+        self._stream = stream
+        self._on_push = on_push
+        self._stop: Callable[[], None] | None = None
+        self._ended_event = thread.state.new_event()[0]
+        self._writer_bell: Bell | None = None
+        self._watch_bell: Bell | None = None
+        self._watch_until = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._protocol.ended
+
+    @property
+    def pending(self) -> int:
+        """How many requests are not settled."""
+        return sum(1 for _ in self._protocol.pending)
+
+    async def run(self) -> None:
+        """Serve the connection until it ends, then close the stream. Never raises for what the server or network did."""
+        try:
+            async with create_task_group() as tasks:
+                self._stop = tasks.cancel_scope.cancel
+                for task in (self._read, self._write, self._watch):
+                    tasks.start_soon(self._guard, task)
+                if self.ended:
+                    self._stop()
+        finally:
+            self.end("it was closed")
+            # Not aclose(): TLS would wait for the other side to say goodbye, and it may not be there. Shielded, for who hears
+            # of the end may cancel us now, and what is raised here, a mistake of ours, must not be lost in that.
+            with CancelScope(shield=True):
+                await aclose_forcefully(self._stream)
+
+    def end(self, why: str, *, cause: BaseException | None = None, kind: type[ConnectionLost] = ConnectionLost) -> None:
+        """End the connection, if it has not ended: everyone who waits gets a ``ConnectionLost`` that says ``why``."""
+        waiting = self._protocol.end(why, cause=cause, kind=kind)
+        self._finish()
+        for request in waiting:
+            request.settle()
+
+    def _finish(self) -> None:
+        self._ended_event.set()
+        if self._stop is not None:
+            self._stop()
+
+    def mute(self) -> None:
+        """Deliver no pushes any more."""
+        self._on_push = None
+
+    async def wait_ended(self) -> None:
+        """Wait until the connection has ended."""
+        await self._ended_event.wait()
+
+    def lost(self, *, may_have_run: bool) -> ConnectionLost:
+        """Return the error for a request on a connection that has ended."""
+        return self._protocol.lost(may_have_run=may_have_run)
+
+    # Requests
+
+    def send(self, request: Request, timeout: float | None = None) -> None:
+        """Queue ``request`` and return at once; it is settled when it is answered, or never will be.
+
+        On a connection that has ended it is settled before this returns. ``timeout``: seconds, if not those of the
+        connection.
+        """
+        self.commands += 1
+        request.due = time.monotonic() + (self.timeout if timeout is None else timeout)
+        protocol = self._protocol
+        if protocol.ended:
+            request.error = protocol.lost(may_have_run=False)
+            request.settle()
+            return
+        protocol.queue.append(request)
+        if request.waits and request.bell is None:  # else it is sent again, and waited for since
+            request.bell = thread.state.new_bell()[0]
+        if self._writer_bell is not None:
+            self._writer_bell.set()
+        if request.due < self._watch_until and self._watch_bell is not None:
+            self._watch_bell.set()
+
+    def submit(
+        self, *command: Argument, parse: Parse | None = None, done: Done | None = None, waits: bool = False
+    ) -> Request:
+        """Send ``command`` as ``send`` does; the rest as in ``Request``."""
+        request = Request(command, parse, done, waits)
+        self.send(request)
+        return request
+
+    def fence(self) -> None:
+        """Keep what is submitted next apart from ``SUNSUBSCRIBE``, submitted last.
+
+        A cluster that ends the subscription by itself at that moment says so by the same push that would answer it, and then
+        answers it with an error.
+        """
+        self.submit("PING").is_fence = True
+
+    def execute(self, *command: Argument, parse: Parse | None = None) -> Coroutine[Any, Any, Any]:
+        """Send ``command`` and return its reply, as ``parse`` returns it.
+
+        Raises what the server replied as an error of the ``redis`` package, and ``ConnectionLost`` when the connection
+        ended. If cancelled, the command was not sent, or it may run and its reply is swallowed.
+        """
+        # Not itself a coroutine function: one frame less for each reply to go through.
+        return reply_to(self.submit(*command, parse=parse, waits=True))
+
+    # The inside
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run one of the three tasks; the connection ends with the first that does."""
+        try:
+            await task()
+        except EndOfStream:
+            self.end("the server closed it")
+        except (BrokenResourceError, ClosedResourceError, OSError) as error:
+            self.end(f"it broke: {error.__cause__ or error!r}", cause=error)
+
+    async def _read(self) -> None:
+        stream = self._stream
+        protocol = self._protocol
+        while not protocol.ended:
+            events = protocol.receive(await stream.receive(_CHUNK))
+            was_open = not protocol.ended
+            for event in events:
+                is_cut_off = was_open and protocol.ended  # by whoever was told of an event before this one
+                if isinstance(event, Request):
+                    if is_cut_off and event.error is None:
+                        event.error = protocol.lost(may_have_run=True)
+                    if event.error is not None or event.asking:
+                        event.settle()
+                    elif event.bell is not None:  # settle(), without the call: for each reply
+                        event.bell.set()
+                    elif event.done is not None:
+                        event.done(event)
+                elif self._on_push is not None and not is_cut_off:
+                    self._on_push(event)
+        self._finish()
+
+    async def _write(self) -> None:
+        stream = self._stream
+        protocol = self._protocol
+        while True:
+            if not protocol.queue:
+                self._writer_bell = bell = thread.state.new_bell()[0]
+                await bell.waiting
+                self._writer_bell = None
+            data = protocol.data_to_send()
+            if data:
+                await stream.send(data)
+
+    async def _watch(self) -> None:
+        """Sleep until the oldest request is due, and end the connection if it is still there then."""
+        while True:
+            now = time.monotonic()
+            oldest = min((request.due for request in self._protocol.pending), default=float("inf"))
+            if oldest <= now:
+                self.end("the server did not answer in time", kind=ConnectionTimeout)
+                return
+            self._watch_until = oldest
+            self._watch_bell = bell = thread.state.new_bell()[0]
+            with move_on_after(oldest - now):
+                await bell.waiting
+            self._watch_bell = None
+
+
+async def reply_to(request: Request) -> Any:
+    """Wait for the reply to ``request``, which ``waits`` and was just sent, and return it or raise its error.
+
+    If cancelled, the request is abandoned: it was not written, or it may run and its reply is swallowed.
+    """
+    if request.bell is not None:
+        try:
+            await request.bell.waiting
+        except BaseException:
+            request.abandoned = True
+            raise
+    if request.error is not None:
+        raise request.error
+    return request.reply

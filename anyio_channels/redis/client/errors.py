@@ -1,0 +1,89 @@
+"""What goes wrong with Redis, as exceptions of the ``redis`` package, and what time cures.
+
+Rules:
+- an error reply becomes the class that the ``redis`` package has for it; its text names the server.
+- a reply that will not come is a ``ConnectionLost``, which says whether the command may have run.
+- three questions have three answers, each defined here and nowhere else: whether a new server will be ready soon
+  (``NOT_READY``), whether a command that did not run may be sent again (``MAY_SEND_AGAIN``), and whether a reader should
+  wait (``OUTAGE``).
+"""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import suppress
+from typing import Final
+
+import redis.exceptions
+
+_ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
+    "ASK": redis.exceptions.AskError,
+    "CLUSTERDOWN": redis.exceptions.ClusterDownError,
+    "CROSSSLOT": redis.exceptions.ClusterCrossSlotError,
+    "LOADING": redis.exceptions.BusyLoadingError,
+    "MASTERDOWN": redis.exceptions.MasterDownError,
+    "MOVED": redis.exceptions.MovedError,
+    "NOAUTH": redis.exceptions.AuthenticationError,
+    "NOPERM": redis.exceptions.NoPermissionError,
+    "NOSCRIPT": redis.exceptions.NoScriptError,
+    "OOM": redis.exceptions.OutOfMemoryError,
+    "READONLY": redis.exceptions.ReadOnlyError,
+    "TRYAGAIN": redis.exceptions.TryAgainError,
+    "WRONGPASS": redis.exceptions.AuthenticationError,
+}
+
+
+class ConnectionLost(redis.exceptions.ConnectionError):
+    """The reply will not come; the text says which server, why, and whether the command may have run."""
+
+    def __init__(self, text: str, *, may_have_run: bool) -> None:
+        """``may_have_run``: whether the command had been handed to the operating system."""
+        super().__init__(f"{text}; " + ("the command may have run" if may_have_run else "the command was not sent"))
+        self.may_have_run: bool = may_have_run
+
+
+class ConnectionTimeout(ConnectionLost, redis.exceptions.TimeoutError):
+    """The reply will not come: the server did not answer in time."""
+
+
+class LinkRetired(ConnectionLost):
+    """The link is not used any more: ask the router for another one."""
+
+
+_PASSING: Final = (redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError)  # the first is MASTERDOWN's too
+NOT_READY: Final = (redis.exceptions.BusyLoadingError, *_PASSING)
+"""Refusals of a handshake that only mean *not yet*. ``READONLY`` is not among them: a replica stays one."""
+MAY_SEND_AGAIN: Final = (*_PASSING, redis.exceptions.ReadOnlyError, LinkRetired)
+"""The command did not run, and the node that owns its key, which may be another one by now, will take it."""
+OUTAGE: Final = (
+    *_PASSING,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.AskError,
+)
+"""Nothing is wrong with the command: readers wait. Lost connections are among them, for reading again does no harm."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a server refused a new connection in a way that waiting does not cure."""
+    return isinstance(error, ssl.SSLError) or (
+        isinstance(error, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError)
+        and not isinstance(error, NOT_READY)
+        and "BUSY" not in str(error)  # a script that runs long; it has no class of its own
+    )
+
+
+def to_error(text: str, server: str) -> redis.exceptions.RedisError:
+    """Return the error that an error reply stands for, as a class of the ``redis`` package.
+
+    It names the server; a redirection has the text that its class wants, which names the other one.
+    """
+    code, _, rest = text.partition(" ")
+    if code in ("ASK", "MOVED"):
+        with suppress(ValueError):
+            return _ERRORS[code](rest)
+        code = "ERR"  # it does not say where to
+    kind = _ERRORS.get(code, redis.exceptions.ResponseError)
+    if rest == "max number of clients reached":
+        kind = redis.exceptions.ConnectionError  # as in the redis package: another attempt may succeed
+    return kind(f"{server}: {text}")

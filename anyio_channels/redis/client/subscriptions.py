@@ -1,0 +1,185 @@
+"""Which Redis channels are wanted, on which server, and whether Redis confirmed it.
+
+Rules:
+- all that is wanted is subscribed to again before a new connection is used: many names in one command, and where one of
+  them is forbidden, one by one, so that it does not keep the others away.
+- what is given up is unsubscribed in the order in which it was decided, so Redis sees it in that order.
+- in a cluster subscriptions are sharded, and go where their slot goes; one command names only what is in one slot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import redis.exceptions
+from anyio import sleep
+
+from .connection import Connection
+from .link import Link
+from .protocol import Request
+from .router import Router
+
+_PAUSE: Final = 0.05
+_AT_ONCE: Final = 200
+"""How many names one command has at most."""
+
+
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """A Redis channel that is wanted, where, and whether Redis confirmed it on the connection that is up."""
+
+    link: Link
+    """To the server that owns it."""
+    confirmed: bool = False
+    asked: bool = False
+    """Whether a request that nobody waits for is on its way."""
+
+
+class Subscriptions:
+    """The subscriptions of one router's user."""
+
+    def __init__(
+        self,
+        router: Router,
+        on_refused: Callable[[str, Exception], object],
+        on_confirmed: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        """``on_refused(name, error)`` hears what could not be restored, or was asked for without waiting and refused.
+
+        ``on_confirmed(name)`` is called with each that Redis confirmed when nobody waited for it.
+        """
+        self.wanted: dict[str, Subscription] = {}
+        self._router = router
+        self._on_refused = on_refused
+        self._on_confirmed = on_confirmed
+        self._subscribe = "SSUBSCRIBE" if router.clustered else "SUBSCRIBE"
+        self._unsubscribe = "SUNSUBSCRIBE" if router.clustered else "UNSUBSCRIBE"
+        self._at_once = 1 if router.clustered else _AT_ONCE
+
+    def want(self, name: str) -> Subscription:
+        """The Redis channel ``name`` is to be subscribed to."""
+        subscription = self.wanted.get(name)
+        if subscription is None:
+            subscription = self.wanted[name] = Subscription(self._router.owner(name, name))
+        return subscription
+
+    def unwant(self, name: str) -> None:
+        """The Redis channel ``name`` is not needed any more."""
+        subscription = self.wanted.pop(name, None)
+        if subscription is not None:
+            subscription.link.submit(self._unsubscribe, name)
+
+    async def confirm(self, name: str) -> None:
+        """Have Redis confirm a wanted subscription, unless it has. Raises as ``Link.execute`` does.
+
+        If cancelled, the subscription is wanted still, and may be confirmed or not.
+        """
+        give_up = time.monotonic() + self.wanted[name].link.timeout
+        while (subscription := self.wanted.get(name)) is not None and not subscription.confirmed:
+            link = subscription.link
+            try:
+                await link.execute(self._subscribe, name)
+            except self._router.passing as error:
+                if time.monotonic() > give_up:
+                    raise
+                self._router.follow(error)
+                await sleep(_PAUSE)
+                self._renew(name)
+                continue
+            if self.wanted.get(name) is subscription:
+                # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
+                subscription.confirmed = link.connection is not None
+                return
+
+    def _renew(self, name: str) -> None:
+        """Its owner may have changed: what was asked for elsewhere does not count any more."""
+        owner = self._router.owner(name, name)
+        if name in self.wanted and owner is not self.wanted[name].link:
+            self.wanted[name] = Subscription(owner)
+
+    def ask(self, name: str) -> None:
+        """Have Redis confirm a wanted subscription, unless it has, without waiting."""
+        subscription = self.wanted[name]
+        if not (subscription.confirmed or subscription.asked) and subscription.link.connection is not None:
+            subscription.asked = True
+            subscription.link.submit(self._subscribe, name, done=partial(self._answered, name, subscription))
+
+    def _answered(self, name: str, subscription: Subscription, request: Request) -> None:
+        subscription.asked = False
+        if self.wanted.get(name) is not subscription:
+            return
+        if request.error is None:
+            subscription.confirmed = subscription.link.connection is not None
+            self._on_confirmed(name)
+        else:
+            self._fail(name, request.error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if isinstance(error, self._router.passing):
+            self._router.follow(error)
+        elif isinstance(error, redis.exceptions.ResponseError):
+            self._on_refused(name, error)
+
+    # What happens to links and servers
+
+    async def restore(self, link: Link, connection: Connection) -> None:
+        """Subscribe to all that is wanted there, on a new connection."""
+        wanted = {name: one for name, one in self.wanted.items() if one.link is link}
+        refused = await self._restore(connection, wanted, self._at_once)
+        if self._at_once > 1 and refused:
+            refused = await self._restore(connection, {name: wanted[name] for name in refused}, 1)
+        for name, error in refused.items():
+            self._fail(name, error)
+
+    async def _restore(
+        self, connection: Connection, wanted: dict[str, Subscription], at_once: int
+    ) -> dict[str, Exception]:
+        """Subscribe to so many with one command; return those that were refused."""
+        names = list(wanted)
+        pieces = [names[start : start + at_once] for start in range(0, len(names), at_once)]
+        requests = [connection.submit(self._subscribe, *piece) for piece in pieces]
+        await connection.execute("PING")  # they are answered when this is
+        refused: dict[str, Exception] = {}
+        for piece, request in zip(pieces, requests, strict=True):
+            if request.error is not None:
+                refused |= dict.fromkeys(piece, request.error)
+                continue
+            for name in piece:
+                if name in self.wanted:
+                    wanted[name].confirmed = True
+                else:
+                    connection.submit(self._unsubscribe, name)  # given up meanwhile
+        return refused
+
+    def restored(self, link: Link) -> None:
+        """A connection on which all was restored is in use."""
+        for name, subscription in self._at(link):
+            if subscription.confirmed:
+                self._on_confirmed(name)
+            else:
+                self.ask(name)  # wanted while others were being restored
+
+    def move(self) -> None:
+        """Slots have other owners: go there."""
+        for name in tuple(self.wanted):
+            self._renew(name)  # the server that it was at has ended it, or is not listened to any more
+            self.ask(name)
+
+    def dropped(self, name: str) -> None:
+        """The server ended a subscription: its slot has moved away."""
+        subscription = self.wanted.get(name)
+        if subscription is not None:
+            subscription.confirmed = False
+            self.ask(name)  # and hear where it is now
+
+    def lost(self, link: Link) -> None:
+        """The connection was lost, and with it what it had confirmed."""
+        for _, subscription in self._at(link):
+            subscription.confirmed = False
+
+    def _at(self, link: Link) -> Iterable[tuple[str, Subscription]]:
+        return [(name, one) for name, one in self.wanted.items() if one.link is link]
