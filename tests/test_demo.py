@@ -89,7 +89,9 @@ class Demo:
 
     @contextmanager
     def visit(self, name: str, room: str = "lobby", **options: Any) -> Iterator[Visitor]:
-        with connect(self.url(room, name), compression=None, max_size=None, **options) as websocket:
+        with connect(
+            self.url(room, name), compression=None, max_size=None, open_timeout=PATIENCE, **options
+        ) as websocket:
             yield Visitor(websocket)
 
 
@@ -314,7 +316,9 @@ class Crowd:
                     tasks.start_soon(self.visit, f"visitor-{number}")
 
     async def visit(self, name: str) -> None:
-        async with connect_async(self.demo.url(name=name), compression=None) as websocket:
+        async with connect_async(
+            self.demo.url(name=name), compression=None, open_timeout=PATIENCE, ping_interval=None
+        ) as websocket:
             await self.read_until_all(websocket, {"welcome", "joined", "here"}, "present")
             await websocket.send(json.dumps({"type": "say", "text": f"from {name}"}))
             await self.read_until_all(websocket, {"said"}, "heard")

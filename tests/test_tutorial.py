@@ -89,7 +89,7 @@ class Server:
         wait_until(answers)
 
     def visit(self, name: str, room: str = "lobby") -> ClientConnection:
-        return connect(f"ws://{self.address}/rooms/{room}?name={name}", compression=None)
+        return connect(f"ws://{self.address}/rooms/{room}?name={name}", compression=None, open_timeout=PATIENCE)
 
     def stop(self) -> None:
         """Ctrl-C ends it in order, whoever is there."""
