@@ -1,4 +1,4 @@
-"""Questions to one server: many commands at once, a scan, and what it reports about itself."""
+"""Questions to one server: many commands at once, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from anyio_channels.redis.client import Argument, Link, replies, try_each
 
 from .seen import ServerSeen
 
-__all__ = ["ask_all", "ask_server", "scan", "why"]
+__all__ = ["ask_all", "ask_server", "why"]
 
 _AT_ONCE: Final = 1000
-"""How many commands are in flight at once, and how many keys one SCAN looks at."""
+"""How many commands are in flight at once."""
 _SECTIONS: Final = ("server", "clients", "memory", "persistence", "stats", "replication", "cluster", "commandstats")
 _CALLS: Final = re.compile(r"calls=([0-9]+)")
 
@@ -39,18 +39,6 @@ async def ask_all(
                 raise answer
             answers[number] = answer
     return answers
-
-
-async def scan(link: Link, pattern: str) -> set[bytes]:
-    """Return all keys of one server that match ``pattern``. Takes time in proportion to all keys of the database."""
-    found: set[bytes] = set()
-    cursor = 0
-    while True:
-        command = ("SCAN", cursor, "MATCH", pattern, "COUNT", _AT_ONCE)
-        cursor, keys = await link.execute(*command, parse=replies.scanned)
-        found.update(keys)
-        if cursor == 0:
-            return found
 
 
 async def ask_server(link: Link) -> ServerSeen:

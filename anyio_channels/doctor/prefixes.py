@@ -15,7 +15,7 @@ from anyio_channels.redis.client import Link, replies
 from anyio_channels.redis.queue.layer import RedisChannelLayer
 from anyio_channels.redis.wire import glob_escaped, keys_of, odd_keys, prefixes_of_groups, shown_prefixes
 
-from .asking import ask_all, scan
+from .asking import ask_all
 from .findings import Report, some
 from .survey import Survey
 
@@ -40,8 +40,8 @@ async def _check_keys(report: Report, prefix: str, links: Sequence[Link], own: b
     wrong: set[bytes] = set()
     for link in links:
         for pattern in ("*:prefix*", "*:group:*"):
-            shown |= shown_prefixes(await scan(link, pattern))
-        under = {key for key in await scan(link, glob_escaped(prefix) + "*") if own not in key}
+            shown |= shown_prefixes(await link.scan(pattern))
+        under = {key for key in await link.scan(glob_escaped(prefix) + "*") if own not in key}
         strange = odd_keys(ours, under)
         odd |= strange
         ordinary = sorted(set(keys_of(ours, under)) - strange)

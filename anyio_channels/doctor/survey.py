@@ -22,7 +22,7 @@ from anyio_channels.redis.pubsub import RedisPubSubChannelLayer
 from anyio_channels.redis.queue.layer import RedisChannelLayer
 from anyio_channels.redis.wire import Names, glob_escaped, group_names, keys_of, prefixes_of_groups
 
-from .asking import ask_all, ask_server, scan, why
+from .asking import ask_all, ask_server, why
 from .seen import ChannelSeen, GroupSeen, Look, ServerSeen
 
 __all__ = ["RedisLayer", "Survey"]
@@ -114,7 +114,7 @@ class Survey(AsyncContextManagerMixin):
         """
 
         async def erase_there(link: Link) -> None:
-            found = await scan(link, glob_escaped(self.names.prefix) + "*")
+            found = await link.scan(glob_escaped(self.names.prefix) + "*")
             await ask_all(link, [("UNLINK", key) for key in found])
 
         await at_each(erase_there, self.links)
@@ -138,7 +138,7 @@ class Survey(AsyncContextManagerMixin):
 
     async def _queues(self, link: Link, layer: RedisChannelLayer) -> tuple[list[ChannelSeen], list[GroupSeen], int]:
         start, of_groups = self.names.prefix.encode(), self.names.group("").encode()
-        keys = sorted(keys_of(start, await scan(link, glob_escaped(self.names.prefix) + "*")))
+        keys = sorted(keys_of(start, await link.scan(glob_escaped(self.names.prefix) + "*")))
         is_group = [key.startswith(of_groups) for key in keys]
         now = await link.execute("TIME", parse=replies.seconds)
         oldest = {True: f"({now - layer.group_expiry!r}", False: f"({now - layer.expiry!r}"}

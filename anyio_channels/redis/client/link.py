@@ -28,6 +28,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
 
+from . import replies
 from .connection import Connection, reply_to
 from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
 from .protocol import Argument, Done, Parse, Request
@@ -37,6 +38,8 @@ _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 _MOST_HOPS: Final = 16
 _MOST_FAILURES: Final = 16
 """The backoff doubles no further."""
+_KEYS_AT_ONCE: Final = 1000
+"""How many keys one SCAN looks at."""
 _QUIET: Final = 10.0
 """Seconds in which a connection that is lost again and again is logged once."""
 
@@ -234,7 +237,7 @@ class Link:
             if self.retired:
                 raise LinkRetired(f"{self.name} is not used any more", may_have_run=False)
             if self._over:
-                raise ConnectionLost(f"{self.name}: the layer was closed", may_have_run=False)
+                raise ConnectionLost(f"{self.name}: the link was closed", may_have_run=False)
             await self._news.wait()
         return self.connection
 
@@ -265,6 +268,21 @@ class Link:
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
         return self.see_through(self._to_run(script, keys, args), script.parse, script)
+
+    async def scan(self, pattern: str) -> set[bytes]:
+        """Return all keys of this server that match ``pattern``; takes time in proportion to all keys of the database.
+
+        Raises what ``execute`` raises. A key that comes or goes meanwhile may be in it or not.
+        """
+        found: set[bytes] = set()
+        cursor = 0
+        while True:
+            cursor, keys = await self.execute(
+                "SCAN", cursor, "MATCH", pattern, "COUNT", _KEYS_AT_ONCE, parse=replies.scanned
+            )
+            found.update(keys)
+            if cursor == 0:
+                return found
 
     def submit(self, *command: Argument, parse: Parse | None = None, done: Done | None = None) -> None:
         """Send ``command`` without waiting for it; ``done`` is called with the answered request, at once if the link is down."""

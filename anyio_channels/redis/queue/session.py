@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import redis.exceptions
 from anyio import create_task_group, move_on_after
@@ -40,9 +40,6 @@ from .scripts import CLUSTERED, GIVE_BACK, POP, TICK
 from .setup import Setup
 
 __all__ = ["Session"]
-
-_AT_ONCE: Final = 1000
-"""How many keys one SCAN looks at."""
 
 
 class Session(LinkEvents):
@@ -286,14 +283,7 @@ class Session(LinkEvents):
 
     async def flush_server(self, link: Link) -> None:
         """Remove what one server holds under the prefix, and wait for what was popped before."""
-        found: set[bytes] = set()
-        cursor = 0
-        while True:
-            scan = ("SCAN", cursor, "MATCH", glob_escaped(self._names.prefix) + "*", "COUNT", _AT_ONCE)
-            cursor, keys = await link.execute(*scan, parse=replies.scanned)
-            found.update(keys)
-            if cursor == 0:
-                break
+        found = await link.scan(glob_escaped(self._names.prefix) + "*")
         for key in keys_of(self._names.prefix.encode(), found):
             link.submit("UNLINK", key)
         await link.execute("PING")
