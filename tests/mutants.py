@@ -195,9 +195,9 @@ MUTANTS: Final = (
     # A layer on a directory and a transport, and its life
     Mutant(
         "local/hub.py",
-        "            try:\n                await self._subscribe(self.transport, name)\n            except BaseException:\n"
+        "            try:\n                await self._told(self.transport.subscribe(name))\n            except BaseException:\n"
         "                await self.inbox_close(name, ())",
-        "            try:\n                await self._subscribe(self.transport, name)\n            except Exception:\n"
+        "            try:\n                await self._told(self.transport.subscribe(name))\n            except Exception:\n"
         "                await self.inbox_close(name, ())",
         "an inbox that is cancelled while it is opened leaves no channel",
         f"{_FAULTS} -k 'making or away'",

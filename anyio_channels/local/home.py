@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from threading import get_ident
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError, Event, create_task_group
 from anyio.abc import TaskGroup, TaskStatus
@@ -22,7 +22,9 @@ from anyio.lowlevel import current_token
 from anyio_channels.contract.layer import BaseChannelLayer, Life
 from anyio_channels.wakeup import thread
 
-__all__ = ["Home"]
+__all__ = ["AtHome", "Home"]
+
+T = TypeVar("T")
 
 
 class Home:
@@ -102,3 +104,30 @@ class Home:
                 f"{self._layer!r} was opened in another event loop; it serves the event loop that opened it, "
                 "so make one for each"
             )
+
+
+class AtHome(BaseChannelLayer):
+    """A layer that has a ``Home``, and calls something that is away when the layer is closed."""
+
+    _home: Home
+    _outage: tuple[type[Exception], ...]
+    """What calls raise that fail because the layer is being closed, among other reasons."""
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the layer, also when cancelled."""
+        await super().__aexit__(exc_type, exc, traceback)
+        await self._home.leave(exc_type, exc, traceback)
+
+    async def _told(self, call: Awaitable[T]) -> T:
+        """Await ``call``; if it fails because the layer is being closed, say that."""
+        try:
+            return await call
+        except self._outage as error:
+            self._raise_if_closed(error)
+            raise
+
+    def _raise_if_closed(self, error: Exception) -> None:
+        if self._life is not Life.OPEN:
+            raise ClosedResourceError(f"{self!r} was closed") from error

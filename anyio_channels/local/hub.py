@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from threading import get_ident
-from types import TracebackType
 from typing import Any
 
 from anyio import CancelScope, ClosedResourceError
 
-from anyio_channels.contract.layer import BaseChannelLayer, ChannelLayerStatistics, Life, Message, OnGap, Overflow
+from anyio_channels.contract.layer import ChannelLayerStatistics, Life, Message, OnGap, Overflow
 from anyio_channels.contract.message import EXCLUDE_KEY, Codec
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
@@ -34,14 +33,14 @@ from anyio_channels.wakeup import CANCELLED, thread
 
 from .deliveries import Deliveries, group_topic
 from .directory import Channel, Directory
-from .home import Home
+from .home import AtHome, Home
 from .transport import Transport
 from .waiting import Mailroom, Waiter
 
 __all__ = ["Hub"]
 
 
-class Hub(BaseChannelLayer):
+class Hub(AtHome):
     """A channel layer whose channels and groups live in the processes that read them."""
 
     group_expiry: float
@@ -73,6 +72,7 @@ class Hub(BaseChannelLayer):
         self._decode = self._codec.decode
         self._troubles = Troubles(clock, self.expiry, self)
         self.transport: Transport | None = transport
+        self._outage = () if transport is None else transport.outage
         self._home = Home(self)
         self._reset()
 
@@ -121,13 +121,6 @@ class Hub(BaseChannelLayer):
             self._life = Life.CLOSED
         self._troubles.close()
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer, also when cancelled."""
-        await super().__aexit__(exc_type, exc, traceback)
-        await self._home.leave(exc_type, exc, traceback)
-
     def _require_open(self) -> None:
         if self.transport is not None:
             self._home.require_open()
@@ -153,10 +146,10 @@ class Hub(BaseChannelLayer):
         if self.transport is not None:
             self.require_valid_channel_name(channel)
             body = self._encode(message)
-            self._home.require_open()  # and then as in _publish(), without the call
+            self._home.require_open()  # and then as in _publish(), without the calls
             try:
                 await self.transport.publish(channel, body)
-            except self.transport.outage as error:
+            except self._outage as error:
                 self._raise_if_closed(error)
                 raise
             self._published += 1
@@ -215,23 +208,8 @@ class Hub(BaseChannelLayer):
 
     async def _publish(self, transport: Transport, topic: str, body: bytes) -> None:
         self._home.require_open()
-        try:
-            await transport.publish(topic, body)
-        except transport.outage as error:
-            self._raise_if_closed(error)
-            raise
+        await self._told(transport.publish(topic, body))
         self._published += 1
-
-    async def _subscribe(self, transport: Transport, topic: str) -> None:
-        try:
-            await transport.subscribe(topic)
-        except transport.outage as error:
-            self._raise_if_closed(error)
-            raise
-
-    def _raise_if_closed(self, error: Exception) -> None:
-        if self._life is not Life.OPEN:
-            raise ClosedResourceError(f"{self!r} was closed") from error
 
     # Receiving
 
@@ -288,8 +266,8 @@ class Hub(BaseChannelLayer):
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""
         try:
-            await self._subscribe(transport, channel.name)
-        except transport.outage:
+            await self._told(transport.subscribe(channel.name))
+        except self._outage:
             return  # its messages come when the transport does
         except Exception:
             self._here.drop(channel)
@@ -324,7 +302,7 @@ class Hub(BaseChannelLayer):
         if self.transport is not None:
             channel = self._find(name)
             try:
-                await self._subscribe(self.transport, name)
+                await self._told(self.transport.subscribe(name))
             except BaseException:
                 self._here.drop(channel)
                 self._deliveries.forget_ended()
@@ -341,11 +319,7 @@ class Hub(BaseChannelLayer):
         self._require_open()
         self._here.clear()
         if self.transport is not None:
-            try:
-                await self.transport.catch_up()
-            except self.transport.outage as error:
-                self._raise_if_closed(error)
-                raise
+            await self._told(self.transport.catch_up())
             self._here.clear()
             self._deliveries.forget_ended()
 
@@ -383,7 +357,7 @@ class Hub(BaseChannelLayer):
             return
         self._deliveries.forget_ended()
         try:
-            await self._subscribe(self.transport, group_topic(group))
+            await self._told(self.transport.subscribe(group_topic(group)))
         except BaseException:
             if is_new:
                 self._here.leave(group, channel)
@@ -435,7 +409,7 @@ class Hub(BaseChannelLayer):
         channel = self._here.open_inbox(name, capacity, overflow, on_gap)
         if self.transport is not None:
             try:
-                await self._subscribe(self.transport, name)
+                await self._told(self.transport.subscribe(name))
             except BaseException:
                 await self.inbox_close(name, ())
                 raise

@@ -11,11 +11,10 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from threading import get_ident
-from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError
 from anyio.abc import TaskStatus
@@ -25,7 +24,7 @@ from anyio_channels.contract.message import RESERVED_KEY, SerializerFormat
 from anyio_channels.contract.options import require_clock, require_count, require_seconds
 from anyio_channels.exceptions import ChannelFull
 from anyio_channels.local.directory import Channel
-from anyio_channels.local.home import Home
+from anyio_channels.local.home import AtHome, Home
 from anyio_channels.log import GROUP_SEND_DROPPED, Troubles
 from anyio_channels.redis.client import ConnectionLost, Host, Link, Script, at_each
 from anyio_channels.redis.servers import OnRedis, RedisLayerStatistics, RedisOptions
@@ -39,17 +38,17 @@ from .setup import Setup
 
 __all__ = ["RedisChannelLayer"]
 
-T = TypeVar("T")
-
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
 
 
-class RedisChannelLayer(OnRedis, BaseChannelLayer):
+class RedisChannelLayer(OnRedis, AtHome):
     """A channel layer whose messages wait in Redis, for any number of processes; channels_redis' bytes.
 
     To be opened by ``async with layer:`` and used in the event loop that opened it. It holds at most two connections to each
     server: one for commands, and one for the blocking pop as soon as something is to be received; one to each in a cluster.
     """
+
+    _outage = (ConnectionLost,)
 
     def __init__(
         self,
@@ -169,13 +168,6 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
                 await self._home.stop()
             self._life = Life.CLOSED
             self._troubles.close()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the layer, also when cancelled."""
-        await super().__aexit__(exc_type, exc, traceback)
-        await self._home.leave(exc_type, exc, traceback)
 
     # Sending
 
@@ -465,18 +457,6 @@ class RedisChannelLayer(OnRedis, BaseChannelLayer):
 
     async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any) -> Any:
         return await self._told(link.call(script, keys, *args))
-
-    async def _told(self, call: Awaitable[T]) -> T:
-        """Await a call to Redis; one that fails because the layer is being closed says that."""
-        try:
-            return await call
-        except ConnectionLost as error:
-            self._raise_if_closed(error)
-            raise
-
-    def _raise_if_closed(self, error: ConnectionLost) -> None:
-        if self._life is not Life.OPEN:
-            raise ClosedResourceError(f"{self!r} was closed") from error
 
 
 @lru_cache(maxsize=65536)
