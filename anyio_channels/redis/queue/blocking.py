@@ -24,15 +24,13 @@ from anyio import Event
 from anyio_channels.redis.client import OUTAGE, Argument, Connection, ConnectionLost, Link, LinkEvents, Request, replies
 
 from .channels import QueueChannel
-from .delivery import Delivery
+from .delivery import DRAIN, Delivery
 from .receiving import Receiving, Source
-from .scripts import POP, PoppedReply
+from .scripts import POP
 from .setup import Setup
 
 __all__ = ["POPS_MANY", "BlockingPop"]
 
-_DRAIN: Final = 1000
-"""How many messages are popped at once from what only this process reads."""
 POPS_MANY: Final = (7, 0)
 """From this version of Redis on, one pop can take many."""
 
@@ -171,7 +169,7 @@ class BlockingPop(Source, LinkEvents):
         parse: Callable[[Any], Any] = replies.popped_one
         if self.pops_many and not self.blocked:
             # Only keys of this process: it may have all at once.
-            command = ("BZMPOP", self._keep_alive, len(keys), *keys, "MIN", "COUNT", _DRAIN)
+            command = ("BZMPOP", self._keep_alive, len(keys), *keys, "MIN", "COUNT", DRAIN)
             parse = replies.popped_many
         self._popped_many = parse is replies.popped_many
         connection.send(Request(command, parse, self._answered), patience)
@@ -183,7 +181,7 @@ class BlockingPop(Source, LinkEvents):
         for key in self._to_drain:
             # If Redis does not know the script any more, it is sent again behind the pop, which may take its time.
             self.link.call_soon(
-                POP, [key, self._names.room(key)], _DRAIN, self._expiry, 0,
+                POP, [key, self._names.room(key)], DRAIN, self._expiry, 0,
                 done=partial(self._drained, key), timeout=patience,
             )  # fmt: skip
         self._to_drain.clear()
@@ -225,9 +223,7 @@ class BlockingPop(Source, LinkEvents):
         if request.error is not None:
             self._to_drain.add(key)
             return
-        popped: PoppedReply = request.reply
-        self._delivery.drained(key, self.own[key], popped)
-        if len(popped.entries) >= _DRAIN:
+        if self._delivery.drained(key, self.own[key], request.reply):
             self._to_drain.add(key)
 
     def try_again(self) -> None:

@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from anyio_channels.contract.layer import Message
 from anyio_channels.contract.message import RESERVED_KEY, Unreadable
@@ -23,7 +23,10 @@ from .channels import QueueChannel
 from .scripts import PoppedReply
 from .setup import Setup
 
-__all__ = ["Delivery", "Failure", "Popped"]
+__all__ = ["DRAIN", "Delivery", "Failure", "Popped"]
+
+DRAIN: Final = 1000
+"""How many messages are popped at once from what only this process reads."""
 
 
 class Popped:
@@ -102,11 +105,12 @@ class Delivery:
             return
         self._put(names, item, score, server_time)
 
-    def drained(self, key: str, start: str, popped: PoppedReply) -> None:
-        """Put all that a script popped for channels of this process into their mailboxes."""
+    def drained(self, key: str, start: str, popped: PoppedReply) -> bool:
+        """Put all that a script popped for channels of this process into their mailboxes; whether there may be more."""
         self.expired_elsewhere += popped.expired
         for entry, score in popped.entries:
             self.put_own(key, start, entry, float(score), popped.now)
+        return len(popped.entries) >= DRAIN
 
     def _put(self, names: Sequence[str | QueueChannel], item: Any, score: float, server_time: float) -> None:
         """Put ``item`` into channels, or those of these names."""

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 from anyio import Event
 
 from anyio_channels.redis.client import OUTAGE, ConnectionLost, Request, Subscriptions
 
 from .channels import QueueChannel
-from .delivery import Delivery
+from .delivery import DRAIN, Delivery
 from .receiving import Receiving, Source
-from .scripts import PoppedReply
 from .setup import Setup
 
 __all__ = ["Notices"]
-
-_DRAIN: Final = 1000
 
 
 class Notices(Source):
@@ -90,7 +86,7 @@ class Notices(Source):
             self._again.add(key)
             return
         self._draining.add(key)
-        self._pop(key, _DRAIN, partial(self._drained, key))
+        self._pop(key, DRAIN, partial(self._drained, key))
 
     def _drained(self, key: str, request: Request) -> None:
         self._draining.discard(key)
@@ -98,9 +94,7 @@ class Notices(Source):
         self._again.discard(key)
         error = request.error
         if error is None:
-            popped: PoppedReply = request.reply
-            self._delivery.drained(key, self.own[key], popped)
-            more = more or len(popped.entries) >= _DRAIN
+            more = self._delivery.drained(key, self.own[key], request.reply) or more
         else:
             if not isinstance(error, OUTAGE):
                 self._delivery.fail_own([key], error)
