@@ -284,9 +284,19 @@ async def pass_on_both(one: Any, other: Any, kind: Kind, connections: int) -> No
 
 async def until_answered(layer: LayerOnRedis) -> None:
     """Wait until nothing that ``layer`` sent is unanswered, and all its callers have heard."""
-    connections = [link.connection for link in layer.options.router.links]
+    await _until_pending(layer, pending=False)
+
+
+async def until_sent(layer: LayerOnRedis) -> None:
+    """Wait until something was sent that Redis has not answered, and nobody is about to send more."""
+    await _until_pending(layer, pending=True)
+
+
+async def _until_pending(layer: LayerOnRedis, *, pending: bool) -> None:
+    connections = [link.connection for link in layer.options.router.links if link.connection is not None]
+    assert connections
     with fail_after(PATIENCE):
         await anyio.wait_all_tasks_blocked()
-        while any(one is not None and one.pending for one in connections):
+        while any(one.pending for one in connections) is not pending:
             await anyio.sleep(0.002)
             await anyio.wait_all_tasks_blocked()

@@ -32,6 +32,7 @@ from layers_on_redis import (
     subscriptions,
     transport,
     until_answered,
+    until_sent,
 )
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
@@ -56,17 +57,6 @@ async def until(condition: Callable[[], object]) -> None:
     with fail_after(PATIENCE):
         while not condition():
             await anyio.sleep(0.002)
-
-
-async def until_sent(layer: LayerOnRedis) -> None:
-    """Wait until something was sent that Redis has not answered, and nobody is about to send more."""
-    connection = layer.options.router.links[0].connection
-    assert connection is not None
-    with fail_after(PATIENCE):
-        await anyio.wait_all_tasks_blocked()
-        while not connection.pending:
-            await anyio.sleep(0.002)
-            await anyio.wait_all_tasks_blocked()
 
 
 def make(kind: Kind, url: str, **options: Any) -> Any:
@@ -469,6 +459,14 @@ async def test_no_permission(server: RedisServer) -> None:
                 await inbox.receive()
 
 
+async def read_in_vain(layer: LayerOnRedis, refused: list[Exception]) -> None:
+    """Read a channel that this user may not, and note what that is told."""
+    try:
+        await layer.receive("bad")
+    except redis.exceptions.NoPermissionError as error:
+        refused.append(error)
+
+
 async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
     """An ACL that forbids a Redis channel: whoever would subscribe is told, and nothing is left of the attempt."""
     with server.client() as client:
@@ -479,15 +477,9 @@ async def test_no_permission_for_a_subscription(server: RedisServer) -> None:
                 await call()
         refused: list[Exception] = []
 
-        async def read() -> None:
-            try:
-                await layer.receive("bad")
-            except redis.exceptions.NoPermissionError as error:
-                refused.append(error)
-
         async with create_task_group() as tg:
-            tg.start_soon(read)
-            tg.start_soon(read)
+            tg.start_soon(read_in_vain, layer, refused)
+            tg.start_soon(read_in_vain, layer, refused)
         assert len(refused) == 2
         assert not subscriptions(layer).wanted
         channel = await layer.new_channel("good")
@@ -1162,14 +1154,8 @@ async def test_a_forbidden_subscription_does_not_keep_the_others_away(
         channel = await layer.new_channel("good")
         refused: list[Exception] = []
 
-        async def read() -> None:
-            try:
-                await layer.receive("bad")
-            except redis.exceptions.NoPermissionError as error:
-                refused.append(error)
-
         async with away(proxy, layer):
-            tg.start_soon(read)
+            tg.start_soon(read_in_vain, layer, refused)
             await until(lambda: "bad" in subscriptions(layer).wanted)
         await layer.send(channel, {"n": 1})
         with fail_after(PATIENCE):
