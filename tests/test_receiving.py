@@ -319,8 +319,9 @@ def test_what_nobody_reads_goes_back(played: PlayedRedis, leaving: Callable[[Pla
     assert played.here_now() == []
 
 
-def test_what_one_of_two_readers_does_not_take(played: PlayedRedis) -> None:
-    """Two messages come for two readers, one of whom has left: the other gets the first, and the second goes back."""
+@pytest.mark.parametrize("was_promised", [False, True])
+def test_what_one_of_two_readers_does_not_take(played: PlayedRedis, was_promised: bool) -> None:
+    """Two messages come for two readers, one of whom leaves: the other gets the first, and the second goes back."""
     sent = [played.put("left.a"), played.put("left.a")]
     played.cut("left", LOST)
     readers = [Reader(played.channel("left.a")) for _ in sent]
@@ -328,8 +329,14 @@ def test_what_one_of_two_readers_does_not_take(played: PlayedRedis) -> None:
     played.sources["left"].blocked.clear()
     readers[0].channel.state = State.IDLE
     played.receiving.begin(readers[0].channel)
-    readers[1].cancel()
-    played.answer("left")
+    if was_promised:
+        played.answer("left")
+        readers[1].cancel()
+        played.tidy()
+        assert played.here_now() == sent[:1]
+    else:
+        readers[1].cancel()
+        played.answer("left")
     readers[0].run()
     played.settle()
     assert number(readers[0].got.entry) == sent[0]

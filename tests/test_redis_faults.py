@@ -18,6 +18,7 @@ from anyio import create_task_group, fail_after, to_thread
 from conftest import here
 from cryptography.fernet import Fernet
 from layers_on_redis import (
+    PATIENCE,
     PUBSUB,
     QUEUE,
     Kind,
@@ -31,6 +32,7 @@ from layers_on_redis import (
     session,
     subscriptions,
     transport,
+    until,
     until_answered,
     until_sent,
 )
@@ -42,21 +44,12 @@ from anyio_channels.redis.wire import Names
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
-PATIENCE = 60.0
-
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
     """A server of the test's own, to be killed, paused and emptied."""
     with RedisServer(tmp_path) as server:
         yield server
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what must happen on the other side of a network."""
-    with fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.002)
 
 
 def make(kind: Kind, url: str, **options: Any) -> Any:
@@ -999,19 +992,19 @@ async def test_closed_in_the_middle_of_a_call(kind: Kind, server: RedisServer) -
 @both
 async def test_a_reader_during_an_outage_hears_of_closing_at_once(kind: Kind, server: RedisServer) -> None:
     """A reader that began while Redis was away waits for nothing when the layer is closed."""
-    async with make(kind, server.url, timeout=86400) as layer, create_task_group() as tg:
-        await to_thread.run_sync(server.kill)
-        await until(lambda: not layer.statistics().connections)
-        ended: list[str] = []
+    with fail_after(PATIENCE):
+        async with make(kind, server.url, timeout=86400) as layer, create_task_group() as tg:
+            await to_thread.run_sync(server.kill)
+            await until(lambda: not layer.statistics().connections)
+            ended: list[str] = []
 
-        async def read() -> None:
-            with pytest.raises(anyio.ClosedResourceError):
-                await layer.receive("a")
-            ended.append("a")
+            async def read() -> None:
+                with pytest.raises(anyio.ClosedResourceError):
+                    await layer.receive("a")
+                ended.append("a")
 
-        tg.start_soon(read)
-        await anyio.wait_all_tasks_blocked()
-        with fail_after(PATIENCE):
+            tg.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
             await layer.close()
     assert ended == ["a"]
 

@@ -151,7 +151,7 @@ def test_another_event_loop(kind: Kind, redis_server: RedisServer, anyio_backend
             lambda: layer.receive(channel),
         ]
         for call in calls:
-            with pytest.raises(RuntimeError, match="was opened in another event loop"):
+            with fail_after(PATIENCE), pytest.raises(RuntimeError, match="was opened in another event loop"):
                 await call()
 
     async def main() -> None:
@@ -426,6 +426,21 @@ async def test_a_channel_called_as_a_group_is(redis_server: RedisServer) -> None
         transport(layer).unsubscribe(name)
         await layer.group_send("room", {"n": 1})
         assert await inbox.receive() == {"n": 1}
+
+
+@asynchronous
+async def test_a_marker_that_is_none_costs_no_message(redis_server: RedisServer) -> None:
+    """Where somebody else keeps something under the name of a room's marker, a pop is refused before it takes anything."""
+    async with make(QUEUE, redis_server) as layer:
+        marker = Names(layer.prefix).room(Names(layer.prefix).channel("a"))
+        await layer.send("a", {"n": 1})
+        with redis_server.client() as client:
+            client.set(marker, "")
+            with fail_after(PATIENCE), pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+                await layer.receive("a")
+            client.delete(marker)
+        with fail_after(PATIENCE):
+            assert await layer.receive("a") == {"n": 1}
 
 
 @asynchronous
