@@ -28,7 +28,7 @@ SCRIPT = [*START, "-m", "anyio_channels.cli"]
 def environment(**variables: str) -> dict[str, str]:
     """The environment of a script: that of the tests, but for what changes its output."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ANYIO_CHANNELS_")}
-    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TERM"):
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONUNBUFFERED"):
         kept.pop(name, None)
     return kept | variables
 

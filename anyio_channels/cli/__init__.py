@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -29,3 +30,14 @@ def main() -> None:
         extra = "demo" if sys.argv[1:2] == ["demo"] else "cli"
         sys.stderr.write(f"anyio-channels needs {error.name}: pip install 'anyio_channels[{extra}]'\n")
         sys.exit(2)
+    finally:
+        _forget_unwritten()
+
+
+def _forget_unwritten() -> None:
+    """Give up what standard error could not take: Python would try it once more as it ends, and exit with 120 for it."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
