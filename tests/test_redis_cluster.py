@@ -645,6 +645,7 @@ async def test_a_migration_that_does_not_go_on(cluster: RedisCluster) -> None:
         session(layer).memberships.leave_soon([("room", inbox.channel)])
         assert await layer.group_channels("room") == set()
         cluster.ask(target, "SETSLOT", slot, "STABLE")  # it sends back who is sent to it
+        await until(lambda: hasty.statistics().connections == 3)
         with pytest.raises(redis.exceptions.AskError):
             await hasty.group_add("room", "work")
         target.kill()
