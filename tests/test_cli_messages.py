@@ -471,6 +471,11 @@ def test_nobody_reads_the_warnings(tmp_path: Path) -> None:
             assert script.end()[0] == 0
 
 
+def test_no_standard_error() -> None:
+    """A command works where there is no standard error at all."""
+    assert run("--version", before="sys.stderr = None").returncode == 0
+
+
 def test_a_message_too_deep_for_json() -> None:
     """One that Python cannot write as JSON is shown as such, and ends nothing."""
     value: dict[str, Any] = {}
