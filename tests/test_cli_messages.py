@@ -8,10 +8,12 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from anyio import fail_after, to_thread
@@ -21,6 +23,7 @@ from redis_server import RedisServer, wait_until
 from test_interop import side_by_side
 
 from anyio_channels import create_channel_layer
+from anyio_channels.cli import main
 from anyio_channels.cli.output import from_json, printable, to_json, to_text
 from anyio_channels.sync import SyncChannelLayer
 
@@ -474,6 +477,13 @@ def test_nobody_reads_the_warnings(tmp_path: Path) -> None:
 def test_no_standard_error() -> None:
     """A command works where there is no standard error at all."""
     assert run("--version", before="sys.stderr = None").returncode == 0
+    with (
+        patch.object(sys, "argv", ["anyio-channels", "--version"]),
+        patch.object(sys, "stderr", None),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert ended.value.code == 0
 
 
 def test_a_message_too_deep_for_json() -> None:
