@@ -401,7 +401,7 @@ class RedisCluster:
                 return False
         for node in self.nodes[3:]:
             with node.client() as client:
-                if client.info("replication")["master_link_status"] != "up":
+                if client.info("replication").get("master_link_status") != "up":
                     return False
         return True
 
