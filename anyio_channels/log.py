@@ -196,6 +196,12 @@ CHANNEL_DROPPED: Final = LogEvent(
     "channel %(channel)r was full and missed %(count)d more messages in the last %(seconds).0f s",
     "channel",
 )
+CHANNEL_ENDED: Final = LogEvent(
+    "channel.ended",
+    logging.INFO,
+    "channel %(channel)r ended, for nobody used it any more; %(discarded)d messages in it were thrown away",
+    ("layer", "channel", "discarded"),
+)
 MESSAGE_UNREADABLE: Final = LogEvent(
     "message.unreadable",
     logging.WARNING,
@@ -304,9 +310,9 @@ LIFESPAN_UNSUPPORTED: Final = LogEvent(
 )
 
 EVENTS: Final[tuple[LogEvent, ...]] = (
-    GROUP_SEND_DROPPED, CHANNEL_DROPPED, MESSAGE_UNREADABLE, POP_REFUSED, GIVE_BACK_FAILED, SUBSCRIPTION_REFUSED,
-    MEMBERSHIP_REFUSED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, CONNECTION_LOST, CONNECTION_FAILED, CONNECTION_RESTORED,
-    TELEMETRY_FAILED, EVENT_LOOP_FAILED, APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, LIFESPAN_FAILED,
+    GROUP_SEND_DROPPED, CHANNEL_DROPPED, CHANNEL_ENDED, MESSAGE_UNREADABLE, POP_REFUSED, GIVE_BACK_FAILED,
+    SUBSCRIPTION_REFUSED, MEMBERSHIP_REFUSED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, CONNECTION_LOST, CONNECTION_FAILED,
+    CONNECTION_RESTORED, TELEMETRY_FAILED, EVENT_LOOP_FAILED, APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, LIFESPAN_FAILED,
     LIFESPAN_UNSUPPORTED,
 )  # fmt: skip
 """All that there are."""

@@ -64,9 +64,10 @@ class InMemoryChannelLayer(Hub):
         Raises ``anyio.WouldBlock`` when there is none, or none that is not promised to a reader who waits already, and
         what ``receive`` raises.
         """
-        source = self._find(channel)
+        source = self._source(channel)
         item = source.take_at_once()
         if item is None:
+            source.reader_looks()
             raise WouldBlock
         return self._decode(item) if isinstance(item, bytes) else source.gap_message(item)
 

@@ -170,20 +170,76 @@ class SkipsFull(InMemoryChannelLayer):
             Group.present = original  # type: ignore[method-assign]
 
 
-class KeepsMembershipOfExpired(InMemoryChannelLayer):
-    """A channel whose reader is gone stays in its groups."""
+class WithOtherChannels(InMemoryChannelLayer):
+    """Has channels of another kind."""
 
-    def _add_channel(self, name: str) -> Channel:
-        channel = super()._add_channel(name)
-        channel.__class__ = _Stays
-        return channel
+    kind: type[Channel] = Channel
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._here.channel_class = self.kind
 
 
-class _Stays(Channel):
+class _Leaves(Channel):
     __slots__ = ()
 
-    def expired_unread(self) -> None:
-        pass
+    def expire(self, now: float, rung: list[Waiter]) -> None:
+        before = len(self.entries)
+        super().expire(now, rung)
+        if len(self.entries) < before:
+            self.leave_all()
+
+    def fall_due(self, now: float, rung: list[Waiter]) -> float | None:
+        self.expire(now, rung)
+        return super().fall_due(now, rung)
+
+
+class LeavesOnExpiry(WithOtherChannels):
+    """A slow reader is out of its groups."""
+
+    kind = _Leaves
+
+
+class _Lasts(Channel):
+    __slots__ = ()
+
+    def is_over(self, now: float) -> bool:
+        return False
+
+
+class NeverEnds(WithOtherChannels):
+    """A channel that nobody uses any more lasts for ever."""
+
+    kind = _Lasts
+
+
+class _EndsUnderReaders(Channel):
+    __slots__ = ()
+
+    def _take_or_join(self, waiter: Waiter, *, in_front: bool) -> Any:
+        before = self.ends_at
+        item = super()._take_or_join(waiter, in_front=in_front)
+        if item is None:
+            self.ends_at = before
+        return item
+
+    def is_over(self, now: float) -> bool:
+        return self.ends_at <= now
+
+
+class EndsUnderReaders(WithOtherChannels):
+    """A channel ends some time after it was made, though somebody waits there."""
+
+    kind = _EndsUnderReaders
+
+
+class KeepsNames(InMemoryChannelLayer):
+    """The names of channels are never garbage-collected."""
+
+    async def new_channel(self, prefix: str = "specific.") -> str:
+        name = await super().new_channel(prefix)
+        self.__dict__.setdefault("kept", []).append(name)
+        return name
 
 
 class AcceptsAnyName(InMemoryChannelLayer):
@@ -282,7 +338,10 @@ BROKEN: list[tuple[Callable[..., InMemoryChannelLayer], set[str]]] = [
     (NeverYields, {"Yielding"}),
     (DropsWaiters, {"Flush"}),
     (SkipsFull, {"Groups"}),
-    (KeepsMembershipOfExpired, {"Expiry"}),
+    (LeavesOnExpiry, {"Expiry"}),
+    (NeverEnds, {"Ownership"}),
+    (EndsUnderReaders, {"Ownership"}),
+    (KeepsNames, {"Ownership"}),
     (AcceptsAnyName, {"Names"}),
     (WorksClosed, {"Opening and closing"}),
     (ClosesWithAMessage, {"Opening and closing"}),

@@ -171,12 +171,14 @@ async def settle_pubsub(layer: BaseChannelLayer) -> None:
 QUEUE = Kind(
     "queue",
     RedisChannelLayer,
-    Features(channel_full="normal", leaves_groups="process-specific", knows_all=False, settles_within=5),
+    Features(channel_full="normal", any_reader=False, knows_all=False, settles_within=5),
 )
 PUBSUB = Kind(
     "pubsub",
     RedisPubSubChannelLayer,
-    Features(keeps_unread=False, channel_full="none", any_member=False, knows_all=False, settles_within=5),
+    Features(
+        keeps_unread=False, channel_full="none", any_member=False, any_reader=False, knows_all=False, settles_within=5
+    ),
 )
 KINDS = (QUEUE, PUBSUB)
 both = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -52,7 +52,6 @@ OTHERS: dict[str, set[str]] = {
     "contract.names": set(),
     "contract.options": set(),
     "local": {"anyio"},
-    "local.directory": set(),
     "local.expiry": set(),
     "hub": set(),
     "memory": {"anyio"},

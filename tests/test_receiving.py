@@ -117,7 +117,16 @@ class PlayedRedis:
         self.told: list[str] = []
         self.popping: dict[str, tuple[str, bytes, float]] = {}
         layer = RedisChannelLayer(prefix="", clock=lambda: 0.0)
-        self.here = QueueDirectory(Mailroom(lambda: 0.0), lambda _: 100, lambda name: name, lambda _: None)
+        self.here = QueueDirectory(
+            Mailroom(lambda: 0.0),
+            lambda _: 100,
+            lambda name: name,
+            lambda _: None,
+            mark="mine!",
+            expiry=60,
+            group_expiry=60,
+            on_end=lambda *_: None,
+        )
         self.delivery = Delivery(layer._setup, self.here)
         self.receiving = Receiving(self, self.delivery, layer._setup.troubles)
         self.here.receiving = self.receiving

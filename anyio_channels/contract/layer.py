@@ -83,7 +83,7 @@ class ChannelLayerStatistics:
     dropped_unreadable: int
     """Bytes in a shared store that are no message of ours."""
     discarded: int
-    """Messages thrown away unread by ``flush``, by closing, or with the inbox they were for."""
+    """Messages thrown away unread by ``flush``, by closing, or with the channel they were for."""
 
 
 class BaseChannelLayer(Names):
@@ -109,13 +109,20 @@ class BaseChannelLayer(Names):
         A cancelled ``receive`` has taken nothing; a cancelled ``send`` or ``group_send`` happened whole or not at all.
         That holds for anyio's cancel scopes and for asyncio's own ``Task.cancel()``.
     Expiry
-        A message unread for ``expiry`` seconds is never delivered, and frees its place at once. Its channel leaves all
-        groups, for its reader is gone, unless it belongs to an open inbox, whose reader is only slow.
+        A message unread for ``expiry`` seconds is never delivered, and frees its place at once. That ends no membership: its
+        reader may only be slow.
     Capacity
         Exact: a channel never holds more than its capacity of unexpired messages.
     Groups
-        A membership ends by ``group_discard``, with the inbox that joined, or, if it was made by ``group_add``,
-        ``group_expiry`` seconds after the last one.
+        A membership ends by ``group_discard``, and with its channel. That of a normal channel, or of another process's, ends
+        ``group_expiry`` seconds after the last ``group_add`` too.
+    Ownership
+        A process-specific channel is the process's that made it; on Redis, nobody else can receive from it. An inbox ends
+        with its block. A channel of ``new_channel()`` ends ``group_expiry`` seconds after its last use, and ``expiry`` seconds
+        after it if its last ``receive`` was cancelled or the name that ``new_channel()`` returned was garbage-collected. A use
+        is ``new_channel``, a ``group_add`` of it, and a ``receive`` that begins, waits or returns: nothing ends while somebody
+        waits. One that has ended is out of its groups, its messages are discarded, and its next ``receive`` raises
+        ``anyio.ClosedResourceError``.
     Yielding
         Every async call checks for cancellation. A call that need not wait does not always give way to other tasks, but
         of ``YIELD_EVERY`` calls in a row at least one does.
@@ -219,15 +226,20 @@ class BaseChannelLayer(Names):
     async def receive(self, channel: str) -> Message:
         """Wait for the next unexpired message on ``channel`` and return it.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when the layer is closed,
-        before or during the wait.
+        Raises ``TypeError`` for a name that breaks the rules, ``RuntimeError`` for a process-specific channel of another
+        process, and ``anyio.ClosedResourceError`` for one of this process that has ended, or when the layer is closed, before or
+        during the wait.
 
-        If cancelled, nothing was taken: the message stays where it is, for the next reader.
+        If cancelled, nothing was taken: the message stays where it is, for the next reader. A channel of ``new_channel()`` then
+        ends after ``expiry`` seconds, unless it is received from again; so poll more often than that, or not at all.
         """
         raise self._not_implemented("receive")
 
     async def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``.
+
+        It ends some time after its last use, as *Ownership* says: sooner if nobody has the ``str`` that is returned here. Keep
+        it, not only a copy, as long as the channel is to be used.
 
         ``prefix``: 1 to 50 ASCII letters, digits, hyphens, underscores and periods; ``TypeError`` for others.
         ``anyio.ClosedResourceError`` when closed. If cancelled, there is no such channel.
@@ -244,10 +256,11 @@ class BaseChannelLayer(Names):
     # Groups
 
     async def group_add(self, group: str, channel: str) -> None:
-        """Make ``channel`` a member of ``group``, or renew its membership for ``group_expiry`` seconds.
+        """Make ``channel`` a member of ``group``, or renew its membership.
 
-        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when closed. If cancelled, it
-        is a member or is not.
+        It lasts for ``group_expiry`` seconds; that of a process-specific channel of this process, as long as the channel.
+        Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` for a channel of this process
+        that has ended, or when closed. If cancelled, it is a member or is not; one that was, still is.
         """
         raise self._not_implemented("group_add")
 
@@ -438,7 +451,7 @@ class Inbox:
         """Become a member of ``group`` until ``leave`` or the end of the block; nothing happens if it is one.
 
         Raises ``TypeError`` for a name that breaks the rules, and ``anyio.ClosedResourceError`` when the block was left or the
-        layer closed. If cancelled, a member or not; the end of the block leaves the group either way.
+        layer closed. If cancelled, a member or not, and still one if it was; the end of the block leaves the group either way.
         """
         if self._closed:
             raise ClosedResourceError

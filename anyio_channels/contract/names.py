@@ -13,15 +13,28 @@ from __future__ import annotations
 import fnmatch
 import re
 import reprlib
+import secrets
 from collections.abc import Collection, Mapping
 from typing import ClassVar, Final
 
 from .options import require_count
 
-__all__ = ["Names"]
+__all__ = ["Names", "is_of_this_package", "new_process"]
 
 _NAME: Final = "[a-zA-Z0-9._-]+"
 _LONGEST_PREFIX: Final = 50
+"""What follows a prefix in the name of a channel takes 49 characters at most: the process, ``!``, and 16 at random."""
+_PROCESS: Final = re.compile("p[0-9a-f]{31}!")
+
+
+def new_process() -> str:
+    """Return a name for this process, for the names of its channels: 32 characters, like the peers', whose first is a digit."""
+    return "p" + secrets.token_hex(16)[1:]
+
+
+def is_of_this_package(channel: str) -> bool:
+    """Whether a process of this package, not of a peer, made the process-specific channel."""
+    return _PROCESS.search(channel) is not None
 
 
 class Names:

@@ -26,14 +26,16 @@ from anyio import CancelScope, ClosedResourceError
 
 from anyio_channels.contract.layer import ChannelLayerStatistics, Life, Message, OnGap, Overflow
 from anyio_channels.contract.message import EXCLUDE_KEY, Codec
+from anyio_channels.contract.names import new_process
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
-from anyio_channels.log import Troubles
+from anyio_channels.log import CHANNEL_ENDED, Troubles
 from anyio_channels.wakeup import CANCELLED, thread
 
 from .deliveries import Deliveries, group_topic
 from .directory import Channel, Directory
 from .home import AtHome, Home
+from .joins import Joins
 from .transport import Transport
 from .waiting import Mailroom, Waiter
 
@@ -83,11 +85,24 @@ class Hub(AtHome):
     def _reset(self) -> None:
         """Become blank, as when the layer is opened again."""
         self._mailroom = Mailroom(self._clock)
-        self._here = Directory(self._mailroom, self.get_capacity, keeps_idle=self.transport is not None)
-        self._local_part = "inmemory" if self.transport is None else secrets.token_hex(16)
+        # In memory a name of ours is told from one that somebody thought of by what follows the mark.
+        self._mark = f"inmemory!{secrets.token_hex(4)}" if self.transport is None else f"{new_process()}!"
+        self._here = Directory(
+            self._mailroom,
+            self.get_capacity,
+            mark=self._mark,
+            expiry=self.expiry,
+            group_expiry=self.group_expiry,
+            on_end=self._log_end,
+            keeps_idle=self.transport is not None,
+        )
         self._published = 0
+        self._joins = Joins(self._here)
         unsubscribe = None if self.transport is None else self.transport.unsubscribe
         self._deliveries = Deliveries(self._here, self._codec, self.expiry, self._troubles, unsubscribe, self)
+
+    def _log_end(self, channel: str, discarded: int) -> None:
+        CHANNEL_ENDED.write(layer=repr(self), channel=channel, discarded=discarded)
 
     # Opening and closing
 
@@ -219,11 +234,11 @@ class Hub(AtHome):
         Goes on waiting while the transport is away. Raises the transport's error for a channel that cannot be had.
         """
         while True:
-            source = self._here.channels.get(channel) if channel.__class__ is str else None
+            source = self._here.channels.get(channel) if isinstance(channel, str) else None
             if source is None or (self.transport is not None and get_ident() != self._home.thread):
                 if self.transport is not None:
                     await self._check_in(0)  # before there is a channel to subscribe to
-                source = self._find(channel)
+                source = self._source(channel)
             item = None
             if source.entries:
                 state = thread.state
@@ -233,7 +248,11 @@ class Hub(AtHome):
                 except RuntimeError:
                     due = True
                 if due:
-                    await state.give_way()
+                    try:
+                        await state.give_way()
+                    except BaseException:
+                        source.reader_gave_up()
+                        raise
                 rung: list[Waiter] = []
                 mailroom = self._mailroom
                 mailroom.lock.acquire()  # take_at_once(), without the call
@@ -259,7 +278,7 @@ class Hub(AtHome):
 
     async def _listen(self, channel: str) -> None:
         """Do what ``receive`` begins with. What is sent to ``channel`` from then on comes, if the transport is there."""
-        source = self._find(channel)
+        source = self._source(channel)
         if self.transport is not None:
             await self._attend(self.transport, source)
 
@@ -275,11 +294,16 @@ class Hub(AtHome):
             raise
         channel.attended = True
 
+    def _source(self, name: str) -> Channel:
+        """Find or make a channel to be received from; without the lock."""
+        self.require_valid_channel_name(name)
+        if self.transport is not None or self._here.closed:
+            self._require_open()
+        return self._here.find(name, is_any_ours=self.transport is None)
+
     def _find(self, name: str) -> Channel:
         """Find or make the channel; without the lock."""
         self.require_valid_channel_name(name)
-        if self.transport is not None:
-            self._require_open()
         with self._mailroom:
             return self._here.channels.get(name) or self._add_channel(name)
 
@@ -298,11 +322,11 @@ class Hub(AtHome):
         self._require_valid_prefix(prefix)
         await self._check_in()
         self._require_open()
-        name = self._new_name(prefix)
+        name = self._here.make(self._new_name(prefix))
         if self.transport is not None:
-            channel = self._find(name)
+            channel = self._here.channels[name]
             try:
-                await self._told(self.transport.subscribe(name))
+                await self._told(self.transport.subscribe(channel.name))
             except BaseException:
                 self._here.drop(channel)
                 self._deliveries.forget_ended()
@@ -311,7 +335,7 @@ class Hub(AtHome):
         return name
 
     def _new_name(self, prefix: str) -> str:
-        return f"{prefix}{self._local_part}!{secrets.token_hex(12)}"
+        return f"{prefix}{self._mark}{secrets.token_hex(8)}"
 
     async def flush(self) -> None:
         """Throw away the messages and memberships of this process, as ``BaseChannelLayer.flush`` says."""
@@ -335,34 +359,36 @@ class Hub(AtHome):
         self.require_valid_channel_name(channel)
         await self._check_in()
         self._require_open()
-        if self.transport is not None and channel not in self._here.channels:
+        if self.transport is not None and channel not in self._here.channels and not self._here.is_ours(channel):
             raise RuntimeError(
                 f"group_add() takes only channels of this process here, and {channel!r} is not one: make it with "
                 "new_channel() or subscribe(), or receive from it first"
             )
-        await self._join(group, channel, self.group_expiry)
+        await self._join(group, channel)
 
-    async def _join(self, group: str, channel: str, expiry: float | None) -> None:
-        """Make ``channel`` a member for ``expiry`` seconds, or as long as its inbox."""
+    async def _join(self, group: str, channel: str) -> None:
+        """Make ``channel`` a member."""
+        if self.transport is None:
+            self._join_here(group, channel)
+            return
+
+        def leave() -> None:
+            self._here.leave(group, channel)
+            self._deliveries.forget_ended()
+
+        with self._joins.undone_by(leave, group, channel):
+            self._join_here(group, channel)
+            self._deliveries.forget_ended()
+            await self._told(self.transport.subscribe(group_topic(group)))
+
+    def _join_here(self, group: str, channel: str) -> None:
         rung: list[Waiter] = []
         with self._mailroom:
             now = self._clock()
             self._mailroom.index.sweep(now, rung)
-            member = self._here.channels.get(channel) or self._add_channel(channel)
-            member.expire(now, rung)
-            is_new = group not in self._here.groups or channel not in self._here.groups[group].members
-            self._here.join(group, member, None if expiry is None else now + expiry)
+            member = self._here.member(channel, now, rung) or self._add_channel(channel)
+            self._here.join(group, member, now)
         self._mailroom.wake(rung)
-        if self.transport is None:
-            return
-        self._deliveries.forget_ended()
-        try:
-            await self._told(self.transport.subscribe(group_topic(group)))
-        except BaseException:
-            if is_new:
-                self._here.leave(group, channel)
-                self._deliveries.forget_ended()
-            raise
 
     async def group_discard(self, group: str, channel: str) -> None:
         """End the membership of ``channel`` in ``group``, as ``BaseChannelLayer.group_discard`` says."""
@@ -426,4 +452,4 @@ class Hub(AtHome):
         await self._check_in()
         self._require_open()
         self.require_valid_group_name(group)
-        await self._join(group, channel, None)
+        await self._join(group, channel)

@@ -56,7 +56,10 @@ class Mailbox(Expirable, Generic[T]):
         "capacity",
         "closed",
         "drop_old",
+        "ends_at",
         "entries",
+        "grace",
+        "life",
         "track_gaps",
     )
 
@@ -85,12 +88,22 @@ class Mailbox(Expirable, Generic[T]):
         self._senders: Line | None = None
         self._weight = 0 if owned else 1  # in Books.occupied
         self.listed = False
+        self.life: float = inf
+        """How long it lasts after a reader took something, in seconds; ``inf``: its end is not a matter of time."""
+        self.grace: float = inf
+        """How long it lasts after its last reader was cancelled."""
+        self.ends_at: float = inf
+        """When it ends if nobody reads; ``inf`` as long as somebody waits."""
         self.closed: bool = False
         self.drop_old: bool = drop_old
         self.track_gaps: bool = track_gaps
 
-    def expired_unread(self) -> None:
-        """Items expired here unread; called under the lock."""
+    def is_over(self, now: float) -> bool:  # noqa: ARG002 - a channel's depends on it
+        """Whether it has ended, or is to end now; called under the lock, with a time that is not before ``ends_at``."""
+        return True
+
+    def reader_joins(self, rung: list[Waiter]) -> None:
+        """A reader found nothing and is about to join the line; called under the lock. Raises if nothing can come."""
 
     def reader_waits(self) -> None:
         """A reader found nothing and is about to wait; called without the lock."""
@@ -175,7 +188,9 @@ class Mailbox(Expirable, Generic[T]):
         readers = self._readers
         if not entries or (readers is not None and len(entries) <= readers.promised):
             return None
-        if entries[0][0] <= (now := self._mailroom.clock()):
+        if self.ends_at <= (now := self._mailroom.clock()) and self.is_over(now):
+            return None
+        if entries[0][0] <= now:
             self.expire(now, rung)
             if len(entries) <= (0 if readers is None else readers.promised):
                 return None
@@ -190,6 +205,7 @@ class Mailbox(Expirable, Generic[T]):
         if not entries:
             books.occupied -= self._weight
         books.received += 1
+        self.ends_at = now + self.life
         if self._senders:
             self._call_senders(rung)
         return item
@@ -239,14 +255,16 @@ class Mailbox(Expirable, Generic[T]):
                 raise ClosedResourceError
             item = self.take_nowait(rung)
             if item is None:
+                self.reader_joins(rung)
+                self.ends_at = inf
                 if self._readers is None:
                     self._readers = Line()
                 self._readers.join(waiter, in_front=in_front)
                 self._books.waiting_receivers += 1
         finally:
             mailroom.lock.release()
-        if rung or mailroom.abandoned:
-            mailroom.wake(rung)
+            if rung or mailroom.abandoned:
+                mailroom.wake(rung)
         return item
 
     def _take_promised(self, waiter: Waiter) -> T | Gap | None:
@@ -257,6 +275,7 @@ class Mailbox(Expirable, Generic[T]):
             self._end_wait(waiter)
             if self.closed:
                 raise ClosedResourceError
+            self.ends_at = inf  # another reader may have taken something meanwhile
             item = self.take_nowait(rung)
         finally:
             mailroom.lock.release()
@@ -341,7 +360,6 @@ class Mailbox(Expirable, Generic[T]):
         if not entries:
             books.occupied -= self._weight
         self._call_senders(rung)
-        self.expired_unread()
 
     def fall_due(self, now: float, rung: list[Waiter]) -> float | None:
         """Drop what has expired; return when the oldest item left will."""
@@ -384,8 +402,15 @@ class Mailbox(Expirable, Generic[T]):
         """``waiter`` gave up: what it was promised goes to the next."""
         if not waiter.is_over:
             self._end_wait(waiter)
+            if waiter.line is self._readers:
+                self.reader_gave_up()
             self._call_readers(rung)
             self._call_senders(rung)
+
+    def reader_gave_up(self) -> None:
+        """A reader took nothing and will not: if nobody else waits, what is left here has so long. Callable without the lock."""
+        if not anyone(self._readers):
+            self.ends_at = self._mailroom.clock() + self.grace
 
     def _end_wait(self, waiter: Waiter) -> None:
         """The wait is over, whether the waiter was called or not."""

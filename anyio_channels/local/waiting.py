@@ -19,13 +19,16 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from anyio_channels.wakeup import Ringable, thread
 
 from .expiry import ExpiryIndex
 
-__all__ = ["Books", "Line", "Mailroom", "Waiter", "anyone"]
+__all__ = ["Afterwards", "Books", "Line", "Mailroom", "Waiter", "anyone"]
+
+
+_NOWHERE: Final = object()
 
 
 @dataclass(slots=True)
@@ -82,6 +85,22 @@ class Waiter:
         except RuntimeError:  # the loop is closed (asyncio), the run has finished (trio)
             return False
         return is_running is None or is_running()
+
+
+class Afterwards(Waiter):
+    """Something to be done when the lock is released, by whoever released it."""
+
+    __slots__ = ("_act",)
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        """``act`` is called in whatever thread and loop."""
+        self.loop = _NOWHERE
+        self._act = act
+
+    def ring_from_elsewhere(self) -> bool:
+        """Do it."""
+        self._act()
+        return True
 
 
 class Line(OrderedDict[Waiter, None]):

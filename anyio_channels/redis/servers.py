@@ -7,6 +7,7 @@ Rules:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from anyio_channels.log import KEEP_ALIVE_FAILED, said
 
 from .client import Host, Link, LinkEvents, Request, Router, Sentinels, Timeouts, make_router
 
-__all__ = ["OnRedis", "RedisLayerStatistics", "RedisOptions", "every", "log_keep_alive"]
+__all__ = ["OnRedis", "RedisLayerStatistics", "RedisOptions", "every", "log_keep_alive", "when_late"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,15 @@ async def every(seconds: float, act: Callable[[], object]) -> None:
     while True:
         await sleep(seconds)
         act()
+
+
+async def when_late(seconds: float, act: Callable[[], object]) -> None:
+    """Call ``act`` whenever a timer of so many seconds fires more than as many too late: this process stood still."""
+    while True:
+        due = time.monotonic() + seconds
+        await sleep(seconds)
+        if time.monotonic() - due > seconds:
+            act()
 
 
 def log_keep_alive(layer: object, link: Link, request: Request) -> None:

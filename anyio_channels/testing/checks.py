@@ -12,11 +12,13 @@ Rules:
 from __future__ import annotations
 
 import datetime
+import gc
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+from weakref import ref
 
 import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, fail_after, move_on_after
@@ -86,8 +88,10 @@ class Features:
     """On which channels ``send`` raises ``ChannelFull``; on the others, what does not fit is dropped on arrival."""
     any_member: bool = True
     """Every channel can join a group; if not, only one that this process made or receives from."""
-    leaves_groups: Literal["all", "process-specific"] = "all"
-    """Which channels leave their groups when a message expires there unread."""
+    any_reader: bool = True
+    """Every process-specific channel can be received from; if not, one of another process is a ``RuntimeError``."""
+    ends_channels: bool = True
+    """The channels of ``new_channel()`` end some time after their last use; if not, a membership of theirs expires."""
     knows_all: bool = True
     """``statistics()`` says what there is; if not, only what this process does and holds."""
     settles_within: float = 0.0
@@ -271,6 +275,9 @@ async def check_names(factory: Subject) -> None:
     """Good names are accepted; bad ones are a ``TypeError`` that names the value, and leave nothing behind."""
     async with opened(factory) as (layer, _):
         for name in GOOD_NAMES:
+            if "!" in name and not factory.features.any_reader:
+                await layer.send(name, {"name": name})
+                continue
             await listen(factory, layer, name)
             await layer.send(name, {"name": name})
             require((await layer.receive(name)) == {"name": name}, f"channel {name!r} did not carry a message")
@@ -581,23 +588,134 @@ async def check_expiry(factory: Subject) -> None:
 
 
 @_clause("Expiry")
-async def check_expiry_leaves_groups(factory: Subject) -> None:
-    """A channel on which a message expired unread leaves its groups, but an open inbox does not."""
+async def check_expiry_keeps_members(factory: Subject) -> None:
+    """A message that expires unread ends no membership: the reader may only be slow."""
     async with opened(factory, expiry=10) as (layer, clock), layer.subscribe("group") as inbox:
-        gone, here = await layer.new_channel(), await layer.new_channel()
-        if factory.features.leaves_groups == "all" and factory.features.any_member:
-            gone, here = "gone", "here"
-        await layer.group_add("group", gone)
-        await layer.group_add("group", here)
-        await layer.group_send("group", {"n": 1}, exclude=[here])
+        slow = await layer.new_channel()
+        await layer.group_add("group", slow)
+        await layer.group_send("group", {"n": 1})
         await _until(factory, lambda: layer.statistics().buffered_messages == 2, "a broadcast to two did not arrive")  # noqa: PLR2004
         await clock.advance(layer, 11)
         members = await layer.group_channels("group")
-        require(members == {inbox.channel, here}, f"should be members: the inbox and {here!r}; are: {members}")
+        require(members == {inbox.channel, slow}, f"should be members: the inbox and {slow!r}; are: {members}")
         await layer.group_send("group", {"n": 2})
-        require((await inbox.receive())["n"] == 2, "the inbox did not receive the next broadcast")  # noqa: PLR2004
-        await listen(factory, layer, gone)
-        require(not (left := await left_on(layer, gone)), f"a channel that left received {left}")
+        for channel in (inbox.channel, slow):
+            require((got := await layer.receive(channel)) == {"n": 2}, f"{channel!r} received {got}")
+
+
+async def _at_group(layer: BaseChannelLayer, channel: str, expected: bool, why: str) -> None:  # noqa: FBT001
+    members = await layer.group_channels("group")
+    what = "should" if expected else "should not"
+    require((channel in members) is expected, f"{channel!r} {what} be a member {why}; members are {members}")
+
+
+async def _cancelled_receive(factory: Subject, layer: BaseChannelLayer, channel: str) -> None:
+    waiting = layer.statistics().waiting_receivers
+    async with create_task_group() as tg:
+        tg.start_soon(layer.receive, channel)
+        await settle(layer, waiting + 1, factory.features)
+        tg.cancel_scope.cancel()
+
+
+@_clause("Ownership", lambda features: features.ends_channels)
+async def check_channel_in_use(factory: Subject) -> None:
+    """A channel of ``new_channel()`` and its memberships last for ``group_expiry`` after each use of it by a reader."""
+    async with opened(factory, expiry=10, group_expiry=100) as (layer, clock):
+        channel = await layer.new_channel()
+        await layer.group_add("group", channel)
+        for use in range(3):
+            await clock.advance(layer, 90)
+            await layer.group_send("group", {"n": use})
+            require((got := await layer.receive(channel)) == {"n": use}, f"use {use} received {got}")
+        await clock.advance(layer, 99)
+        await _at_group(layer, channel, True, "99 of 100 s after its last use")  # noqa: FBT003
+        await clock.advance(layer, 1)
+        await _at_group(layer, channel, False, "group_expiry after its last use")  # noqa: FBT003
+        error = await _refused(ClosedResourceError, lambda: layer.receive(channel), "receive() of a channel that ended")
+        require(channel in str(error), f"the error does not say which channel has ended: {error}")
+        counts = layer.statistics()
+        require((counts.groups, counts.members) == (0, 0), f"a channel that ended left a trace: {counts}")
+
+
+@_clause("Ownership", lambda features: features.ends_channels)
+async def check_channel_of_cancelled_reader(factory: Subject) -> None:
+    """It ends ``expiry`` seconds after a cancelled ``receive``, and what is in it is discarded; waiting again saves it."""
+    async with opened(factory, expiry=10, group_expiry=100) as (layer, clock):
+        gone, back = await layer.new_channel(), await layer.new_channel()
+        for channel in (gone, back):
+            await layer.group_add("group", channel)
+            await _cancelled_receive(factory, layer, channel)
+        await clock.advance(layer, 9)
+        await layer.group_send("group", {"n": 1})
+        await _until(factory, lambda: layer.statistics().buffered_messages == 2, "a broadcast to two did not arrive")  # noqa: PLR2004
+        require((got := await layer.receive(back)) == {"n": 1}, f"received {got}")
+        await clock.advance(layer, 1)
+        await _at_group(layer, gone, False, "expiry after its last receive was cancelled")  # noqa: FBT003
+        await _at_group(layer, back, True, "for its last receive returned")  # noqa: FBT003
+        require((seen := layer.statistics().discarded) == 1, f"1 message was in it; statistics() has discarded {seen}")
+        await _refused(ClosedResourceError, lambda: layer.receive(gone), "receive() of a channel that ended")
+        await _refused(
+            ClosedResourceError, lambda: layer.group_add("group", gone), "group_add() of a channel that ended"
+        )
+        await layer.group_discard("group", gone)
+
+
+@_clause("Ownership", lambda features: features.ends_channels)
+async def check_channel_of_forgotten_name(factory: Subject) -> None:
+    """It ends ``expiry`` seconds after its last use if the name that ``new_channel()`` returned was garbage-collected."""
+    async with opened(factory, expiry=10, group_expiry=100) as (layer, clock):
+        name, kept = await layer.new_channel(), await layer.new_channel()
+        copy = str(name)
+        for channel in (name, kept):
+            await layer.group_add("group", channel)
+        await clock.advance(layer, 5)
+        watch = ref(name)
+        del name, channel
+        await checkpoint()
+        gc.collect()
+        require(watch() is None, "the layer keeps the name that new_channel() returned")
+        await _at_group(layer, copy, True, "for expiry after its last use")  # noqa: FBT003
+        await clock.advance(layer, 5)
+        await _at_group(layer, copy, False, "expiry after its last use, for nobody has its name")  # noqa: FBT003
+        await _at_group(layer, kept, True, "for somebody has its name")  # noqa: FBT003
+        await _refused(ClosedResourceError, lambda: layer.receive(copy), "receive() of a channel that ended")
+
+
+@_clause("Ownership", lambda features: features.ends_channels)
+async def check_channel_somebody_waits_at(factory: Subject) -> None:
+    """Nothing ends while somebody waits, whatever became of other readers and of the name."""
+    async with opened(factory, expiry=10, group_expiry=100) as (layer, clock), create_task_group() as tg:
+        got: list[Message] = []
+        channel = str(await layer.new_channel())
+
+        async def read() -> None:
+            got.append(await layer.receive(channel))
+
+        await layer.group_add("group", channel)
+        tg.start_soon(read)
+        await settle(layer, 1, factory.features)
+        await _cancelled_receive(factory, layer, channel)
+        gc.collect()
+        for _ in range(3):
+            await clock.advance(layer, 90)
+            await _at_group(layer, channel, True, "while somebody waits")  # noqa: FBT003
+        await layer.group_send("group", {"n": 1})
+        await _until(factory, lambda: got == [{"n": 1}], "who waited received nothing")
+        await clock.advance(layer, 9)
+        await _at_group(layer, channel, True, "for expiry after its last use")  # noqa: FBT003
+        await clock.advance(layer, 1)
+        await _at_group(layer, channel, False, "expiry after its last use, for nobody has its name")  # noqa: FBT003
+
+
+@_clause("Ownership", lambda features: not features.any_reader)
+async def check_foreign_channel(factory: Subject) -> None:
+    """``receive`` of a process-specific channel of another process is a ``RuntimeError``; sending to it is not."""
+    async with opened(factory) as (layer, _):
+        name = f"specific.{'0' * 32}!abc"
+        await layer.send(name, {})
+        error = await _refused(RuntimeError, lambda: layer.receive(name), "receive() of another process's channel")
+        require(name in str(error), f"the error does not name {name!r}: {error}")
+        require((seen := layer.statistics().waiting_receivers) == 0, f"{seen} receivers wait")
 
 
 @_clause("Expiry", lambda features: features.keeps_unread and features.knows_all)
@@ -703,6 +821,7 @@ async def check_group_expiry(factory: Subject) -> None:
         await clock.advance(layer, 2)
         require((seen := await layer.group_channels("group")) == {"b", inbox.channel}, f"members are {seen}")
         await layer.group_send("group", {"n": 1})
+        await listen(factory, layer, "a")
         require(not (left := await left_on(layer, "a")), f"a channel whose membership ended received {left}")
         require(len(await left_on(layer, "b")) == 1, "a channel whose membership was renewed received nothing")
         await clock.advance(layer, 200)

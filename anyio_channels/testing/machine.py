@@ -13,12 +13,14 @@ Rules:
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar, Final, Literal, TypeAlias
+from weakref import ref
 
 from anyio import CancelScope, ClosedResourceError, create_task_group
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -38,7 +40,8 @@ GROUP_EXPIRY: Final = 25.0
 CAPACITIES: Final = {"normal": 3, "big.one": 5}
 """The normal channels of the machine, with the capacity that each must have."""
 PROCESS_SPECIFIC: Final = 2
-"""How many process-specific channels it has besides, of the layer's capacity."""
+"""How many process-specific channels it has besides, at first, of the layer's capacity."""
+MOST_PROCESS_SPECIFIC: Final = 4
 GROUPS: Final = ("red", "blue")
 INBOXES: Final = ("first", "second")
 _WAIT: Final = 30.0
@@ -68,8 +71,23 @@ class _Channel:
     normal: bool = False
     kept: bool = True
     """Whether a message to it is kept, and not lost because nobody listens."""
+    timed: bool = False
+    """Whether it ends some time after its last use."""
+    used: float = 0.0
+    deserted: bool = False
+    """Whether its last reader was cancelled."""
+    collected: bool = False
+    """Whether the name that ``new_channel()`` returned was garbage-collected."""
     entries: list[_Entry] = field(default_factory=list)
     readers: list[Future[Message]] = field(default_factory=list)
+
+    def use(self, now: float, *, cancelled: bool = False) -> None:
+        """A reader has come or gone."""
+        self.used, self.deserted = now, cancelled
+
+    def is_over(self, now: float) -> bool:
+        lasts = EXPIRY if self.deserted or self.collected else GROUP_EXPIRY
+        return self.timed and not self.readers and self.used + lasts <= now
 
     def messages(self) -> int:
         return sum(entry.number is not None for entry in self.entries)
@@ -121,13 +139,19 @@ class ContractMachine(RuleBasedStateMachine):
             self.layer
         )
         self.layer_context.__enter__()
+        # What a layer that keeps nothing unread subscribes to ends as well.
+        timed = self.features.ends_channels and not self.features.keeps_unread
         self.channels: dict[str, _Channel] = {
-            name: _Channel(capacity, normal=True) for name, capacity in CAPACITIES.items()
+            name: _Channel(capacity, normal=True, timed=timed, used=self.now) for name, capacity in CAPACITIES.items()
         }
-        for _ in range(PROCESS_SPECIFIC):
-            self.channels[self.call(self.layer.new_channel, "proc.")] = _Channel(3)
+        self.call(listen, Subject(type(self).factory, self.features), self.layer, *self.channels)
+        for channel in self.channels.values():
+            channel.deserted = timed
         self.fixed: list[str] = list(self.channels)
-        self.call(listen, Subject(type(self).factory, self.features), self.layer, *self.fixed)
+        self.names: dict[str, str] = {}
+        self.ended: list[str] = []
+        for _ in range(PROCESS_SPECIFIC):
+            self._new_channel()
         self.groups: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
         self.inboxes: dict[str, tuple[AbstractContextManager[Inbox], Inbox]] = {}
         self.counts: _Counts = _Counts()
@@ -178,6 +202,7 @@ class ContractMachine(RuleBasedStateMachine):
 
     def model_take(self, channel: _Channel) -> Message:
         """The model of a receive; there must be something."""
+        channel.use(self.now)
         entry = channel.entries.pop(0)
         if entry.number is None:
             return {"type": "channel_layer.gap", "missed": entry.missed}
@@ -186,7 +211,7 @@ class ContractMachine(RuleBasedStateMachine):
 
     def model_time(self) -> None:
         """Drop what has expired."""
-        for name, channel in self.channels.items():
+        for channel in self.channels.values():
             expired = 0
             at = 0
             while at < len(channel.entries):
@@ -200,14 +225,27 @@ class ContractMachine(RuleBasedStateMachine):
                 else:
                     at += 1
             self.counts.expired += expired
-            if expired and not channel.owned:
-                channel.kept = self.features.keeps_unread or bool(channel.entries)
-                if self.features.leaves_groups == "all" or not channel.normal:
-                    for members in self.groups.values():
-                        members.pop(name, None)
         for members in self.groups.values():
             for name in [name for name, ends in members.items() if ends <= self.now]:
                 del members[name]
+        self.model_ends()
+
+    def model_ends(self) -> None:
+        """Channels whose time is over end: process-specific ones for good, others until they are read again."""
+        for name, channel in tuple(self.channels.items()):
+            if not channel.is_over(self.now):
+                continue
+            if channel.normal:
+                in_use = channel.entries or any(name in members for members in self.groups.values())
+                channel.kept = channel.kept and bool(in_use)
+                continue
+            self.counts.discarded += channel.messages()
+            for members in self.groups.values():
+                members.pop(name, None)
+            del self.channels[name]
+            self.fixed.remove(name)
+            self.names.pop(name, None)
+            self.ended.append(name)
 
     @staticmethod
     def _join_gaps(channel: _Channel) -> None:
@@ -372,6 +410,7 @@ class ContractMachine(RuleBasedStateMachine):
 
     def _start_reader(self, name: str) -> None:
         self.channels[name].kept = True
+        self.channels[name].use(self.now)
         self.channels[name].readers.append(self.portal.start_task_soon(self.layer.receive, name))
         self.deliver()
 
@@ -383,6 +422,7 @@ class ContractMachine(RuleBasedStateMachine):
         channel = self.channels[data.draw(st.sampled_from(names))]
         future = channel.readers.pop(data.draw(st.integers(0, len(channel.readers) - 1)))
         future.cancel()
+        channel.use(self.now, cancelled=True)  # if others wait, what they do counts
         self.quiet()
 
     @rule(data=st.data(), late=st.booleans())
@@ -397,6 +437,8 @@ class ContractMachine(RuleBasedStateMachine):
         self.model_put(self.channels[name], number)
         if got is not None:
             self.expect(f"Cancellation: a reader of {name!r} received", got, self.model_take(self.channels[name]))
+        else:
+            self.channels[name].use(self.now, cancelled=True)
         self.quiet()
         if got is None and self.features.settles_within:
             self._receive(name)  # which of the two it was is chance, and what is drawn next must not depend on it
@@ -424,13 +466,19 @@ class ContractMachine(RuleBasedStateMachine):
     def group_add(self, data: st.DataObject, group: str) -> None:
         """Join, or renew."""
         name = data.draw(st.sampled_from(list(self.channels)))
-        if not self.channels[name].kept:
+        channel = self.channels[name]
+        if not channel.kept:
             self.call(listen, Subject(type(self).factory, self.features), self.layer, name)
-            self.channels[name].kept = True
+            channel.kept = True
+            channel.use(self.now, cancelled=True)
         self.call(self.layer.group_add, group, name)
         members = self.groups[group]
-        if members.get(name) != inf:
-            members[name] = self.now + GROUP_EXPIRY
+        if channel.normal or not self.features.ends_channels:
+            if members.get(name) != inf:
+                members[name] = self.now + GROUP_EXPIRY
+        else:
+            members[name] = inf  # as long as it lasts
+            channel.use(self.now, cancelled=channel.deserted)
 
     @rule(data=st.data(), group=st.sampled_from(GROUPS))
     def group_discard(self, data: st.DataObject, group: str) -> None:
@@ -438,6 +486,7 @@ class ContractMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(list(self.channels)))
         self.call(self.layer.group_discard, group, name)
         self.groups[group].pop(name, None)
+        self.model_ends()
 
     @rule(data=st.data(), group=st.sampled_from(GROUPS))
     def group_send(self, data: st.DataObject, group: str) -> None:
@@ -522,6 +571,41 @@ class ContractMachine(RuleBasedStateMachine):
             channel.entries.clear()
         for members in self.groups.values():
             members.clear()
+        self.model_ends()
+
+    # The channels of new_channel()
+
+    def _new_channel(self) -> None:
+        name = self.call(self.layer.new_channel, "proc.")
+        plain = str(name)
+        self.names[plain] = name
+        self.channels[plain] = _Channel(3, timed=self.features.ends_channels, used=self.now)
+        self.fixed.append(plain)
+
+    @precondition(lambda self: len(self.fixed) < len(CAPACITIES) + MOST_PROCESS_SPECIFIC)
+    @rule()
+    def new_channel(self) -> None:
+        """Make one more."""
+        self._new_channel()
+
+    @precondition(lambda self: self.names and self.features.ends_channels)
+    @rule(data=st.data())
+    def forget_name(self, data: st.DataObject) -> None:
+        """Nobody has what ``new_channel()`` returned any more, but for a copy."""
+        name = data.draw(st.sampled_from(list(self.names)))
+        watch = ref(self.names.pop(name))
+        self.call(checkpoint)
+        gc.collect()
+        require(watch() is None, "Ownership: the layer keeps the name that new_channel() returned")
+        self.channels[name].collected = True
+        self.model_ends()
+
+    @precondition(lambda self: self.ended)
+    @rule(data=st.data())
+    def receive_on_an_ended_one(self, data: st.DataObject) -> None:
+        """A channel that has ended is not there to be received from, and nobody waits there in vain."""
+        name = data.draw(st.sampled_from(self.ended))
+        self._require_closed([self.portal.start_task_soon(self.layer.receive, name)])
 
     @rule(data=st.data())
     def hog(self, data: st.DataObject) -> None:
@@ -530,6 +614,7 @@ class ContractMachine(RuleBasedStateMachine):
         if idle:
             name = data.draw(st.sampled_from(idle))
             calls, turns = self.call(self._hog, name)
+            self.channels[name].use(self.now)
             self.counts.sent += calls // 2
             self.counts.received += calls // 2
             least = calls // self.layer.YIELD_EVERY - 1  # the last time both may run, the other comes second

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, Final, Protocol
 
 from anyio_channels.local.directory import Channel, Directory
-from anyio_channels.local.waiting import Mailroom
+from anyio_channels.local.waiting import Mailroom, Waiter
 
 __all__ = ["QueueChannel", "QueueDirectory", "State"]
 
@@ -61,12 +61,6 @@ class QueueChannel(Channel):
         if self.normal:
             self.directory.receiving.look_after(self)
 
-    def expired_unread(self) -> None:
-        """The reader is gone, unless it is an inbox's: its groups are told in Redis too."""
-        if not self.owned and self.groups:
-            self.directory.leave_in_redis([(group.name, self.name) for group in self.groups])
-        super().expired_unread()
-
 
 class _Readers(Protocol):
     def begin(self, channel: QueueChannel) -> None: ...
@@ -86,9 +80,19 @@ class QueueDirectory(Directory):
         get_capacity: Callable[[str], int],
         key_of: Callable[[str], str],
         leave: Callable[[list[tuple[str, str]]], object],
+        **options: Any,
     ) -> None:
-        """``key_of``: returns the key of a channel. ``leave``: ends memberships in Redis, without waiting."""
+        """``key_of``: returns the key of a channel. ``leave``: ends memberships in Redis, without waiting.
+
+        ``options``: those of ``Directory``.
+        """
         # What was popped for the reader of a normal channel has been counted in Redis.
-        super().__init__(mailroom, lambda name: get_capacity(name) if "!" in name else _UNBOUNDED)
+        super().__init__(mailroom, lambda name: get_capacity(name) if "!" in name else _UNBOUNDED, **options)
         self.key_of: Callable[[str], str] = key_of
         self.leave_in_redis: Callable[[list[tuple[str, str]]], object] = leave
+
+    def end(self, channel: Channel, rung: list[Waiter]) -> None:
+        """End a channel whose time is over; its groups are told in Redis too."""
+        if channel.groups:
+            self.leave_in_redis([(group.name, channel.name) for group in channel.groups])
+        super().end(channel, rung)

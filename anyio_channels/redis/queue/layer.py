@@ -195,12 +195,12 @@ class RedisChannelLayer(OnRedis, AtHome):
         if wait:
             attempt = partial(self._send_or_wait, key=key, entry=entry, capacity=capacity)
             await self._told(self._session.senders.send(key, attempt))
-        elif not await self._send_now(key, entry, capacity):
+        elif await self._send_now(key, entry, capacity) < 0:
             raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
 
-    async def _send_now(self, key: str, entry: bytes, capacity: int) -> bool:
-        """Send, or return ``False``: the channel is full."""
+    async def _send_now(self, key: str, entry: bytes, capacity: int) -> int:
+        """Send, and return how many messages had expired there; -1 minus that if the channel is full, and it was not sent."""
         link = self._router.owner(key[len(self.prefix) :], key)
         try:  # as _told() does, without the call: for each message
             if self._router.clustered:
@@ -212,7 +212,7 @@ class RedisChannelLayer(OnRedis, AtHome):
             self._raise_if_closed(error)
             raise
         self._session.delivery.expired_elsewhere += reply if reply >= 0 else -1 - reply
-        return reply >= 0
+        return reply
 
     async def _send_or_wait(self, link: Link, key: str, entry: bytes, capacity: int) -> int:
         """Send and return -1; or the milliseconds until the oldest message of the channel expires."""
@@ -239,7 +239,7 @@ class RedisChannelLayer(OnRedis, AtHome):
         body = self._codec.encode(message)
         await self._check_in()
         self._home.require_open()
-        self._sweep()
+        self._sweep(group)
         members: dict[str, list[str]] = {}  # by the key, which those of one process share
         for name in await self._members(group):
             if name not in excluded:
@@ -265,10 +265,13 @@ class RedisChannelLayer(OnRedis, AtHome):
         if self._router.clustered:
             await self._send_to_slots(group, batch, arguments)
             return
-        expired, full = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments)
-        self._session.delivery.expired_elsewhere += expired
-        self._sent += sum(map(len, batch.values()))
-        self._miss(group, sum(len(names) for number, names in enumerate(batch.values(), 1) if number in full))
+        reply = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments)
+        self._session.delivery.expired_elsewhere += reply.expired
+        members = list(batch.values())
+        self._sent += sum(map(len, members))
+        self._miss(group, sum(len(members[number - 1]) for number in reply.full))
+        for number in reply.stale:
+            self._session.memberships.remove_dead(group, members[number - 1])
 
     async def _send_to_slots(self, group: str, batch: dict[str, list[str]], arguments: list[Any]) -> None:
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""
@@ -277,8 +280,11 @@ class RedisChannelLayer(OnRedis, AtHome):
         async def send(part: tuple[str, int, bytes]) -> None:
             nonlocal missed
             key, capacity, entry = part
-            if not await self._send_now(key, entry, capacity):
+            reply = await self._send_now(key, entry, capacity)
+            if reply < 0:
                 missed += len(batch[key])
+            if reply not in (0, -1):
+                self._session.memberships.remove_dead(group, batch[key])
             self._sent += len(batch[key])
 
         try:
@@ -298,13 +304,17 @@ class RedisChannelLayer(OnRedis, AtHome):
 
         Goes on waiting while Redis is away. Raises ``redis.ResponseError`` when Redis refuses to hand out this channel.
         """
-        source = self._here.channels.get(channel) if channel.__class__ is str else None  # a name that is there is valid
+        source = self._here.channels.get(channel) if isinstance(channel, str) else None  # a name that is there is valid
         item = None
         if source is not None and self._life is Life.OPEN and get_ident() == self._home.thread:
             if source.entries:
                 state = thread.state
                 if state.is_due():
-                    await state.give_way()
+                    try:
+                        await state.give_way()
+                    except BaseException:
+                        source.reader_gave_up()
+                        raise
                 item = source.take_at_once()
             elif "!" in channel:
                 item = await source.take()
@@ -323,9 +333,7 @@ class RedisChannelLayer(OnRedis, AtHome):
         """Wait for the next item on ``channel``, in turn, and return it with the channel's mailbox."""
         self.require_valid_channel_name(channel)
         self._home.require_open()
-        if "!" in channel:
-            self._session.own(channel)
-        else:
+        if "!" not in channel:
             await self._check_in(0)  # it asks Redis before it waits
         while True:
             source = self._here.find(channel)
@@ -341,10 +349,10 @@ class RedisChannelLayer(OnRedis, AtHome):
         self._require_valid_prefix(prefix)
         await self._check_in()
         self._home.require_open()
-        return self._new_name(prefix)
+        return self._here.make(self._new_name(prefix))
 
     def _new_name(self, prefix: str) -> str:
-        name = f"{prefix}{self._session.client}!{secrets.token_hex(12)}"
+        name = f"{prefix}{self._session.client}!{secrets.token_hex(8)}"
         self._session.own(name)
         return name
 
@@ -368,14 +376,10 @@ class RedisChannelLayer(OnRedis, AtHome):
         self.require_valid_channel_name(channel)
         await self._check_in()
         self._home.require_open()
-        await self._told(self._session.memberships.add(group, channel))
-        if self._session.owns(channel):
-            self._join_here(group, channel, self.group_expiry)
-
-    def _join_here(self, group: str, channel: str, expiry: float | None) -> None:
-        member = self._here.find(channel)
-        with self._here.mailroom:
-            self._here.join(group, member, None if expiry is None else self._clock() + expiry)
+        if self._here.is_ours(channel):
+            await self._told(self._session.memberships.join(group, str(channel)))
+        else:
+            await self._told(self._session.memberships.add(group, channel))
 
     async def group_discard(self, group: str, channel: str) -> None:
         """End the membership of ``channel`` in ``group``, as ``BaseChannelLayer.group_discard`` says."""
@@ -391,12 +395,12 @@ class RedisChannelLayer(OnRedis, AtHome):
         self.require_valid_group_name(group)
         await self._check_in()
         self._home.require_open()
-        self._sweep()
+        self._sweep(group)
         return set(await self._members(group))
 
-    def _sweep(self) -> None:
-        """Drop what has expired in this process; members that leave a group for it have left before Redis is asked."""
-        self._here.sweep()
+    def _sweep(self, group: str) -> None:
+        """Drop what has expired in this process; members of ``group`` whose time is over have left before Redis is asked."""
+        self._here.sweep(group=group)
         self._session.memberships.leave_now()
         self._troubles.look()
 
@@ -431,12 +435,7 @@ class RedisChannelLayer(OnRedis, AtHome):
         """Make the inbox a member of ``group`` until it leaves; it is renewed, and joined again after an outage."""
         await self._check_in()
         self._home.require_open()
-        try:
-            await self._told(self._session.memberships.add(group, channel))
-        except BaseException:
-            self._session.memberships.leave_soon([(group, channel)])
-            raise
-        self._join_here(group, channel, None)
+        await self._told(self._session.memberships.join(group, channel))
 
     # Everything else
 

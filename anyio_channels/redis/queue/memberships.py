@@ -1,8 +1,9 @@
 """Memberships in Redis: of groups, by the channels of this process.
 
 Rules:
-- an open inbox's memberships are renewed every third of ``group_expiry``, and joined again when a connection is new or
-  Redis was emptied. Those of ``group_add`` last for ``group_expiry``.
+- the memberships of this process's own channels last as long as the channels: they are renewed every third of
+  ``group_expiry``, and joined again when a connection is new, when Redis was emptied, or when this process stood still for so
+  long that others may have taken it for dead. Those of other channels last for ``group_expiry``.
 - an inbox that ends waits for nothing. While a server is away, what to end there is remembered, and told when it is there
   again; each costs the same, however many are waiting.
 - leaving twice does no harm, so what may or may not have happened is done again.
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Final
 
 import redis.exceptions
 
+from anyio_channels.contract.names import is_of_this_package
 from anyio_channels.local.directory import Directory
+from anyio_channels.local.joins import Joins
 from anyio_channels.log import MEMBERSHIP_REFUSED, said
 from anyio_channels.redis.client import ConnectionLost, Link, Request
 
-from .scripts import GROUP_ADD
+from .scripts import GROUP_ADD, GROUP_REMOVE
 from .setup import Setup
 
 __all__ = ["Memberships"]
@@ -39,11 +42,13 @@ class Memberships:
         self._router = setup.router
         self._names = setup.names
         self._here = here
+        self._expiry = setup.expiry
         self._group_expiry = setup.group_expiry
         self._troubles = setup.troubles
         self._soon = soon
         self._to_leave: defaultdict[Link | None, list[tuple[str, str]]] = defaultdict(list)  # None: not looked at yet
         self._renewed_at: dict[Link, float] = {}
+        self._joins = Joins(here)
 
     def owner(self, group: str) -> Link:
         """Return the link to the server that keeps ``group``."""
@@ -53,6 +58,17 @@ class Memberships:
         """Make ``channel`` a member, for ``group_expiry`` seconds. If cancelled, it is a member or is not."""
         self.leave_now()  # what ended before must not end this one
         await self.owner(group).call(GROUP_ADD, [self._names.group(group)], self._group_expiry, channel)
+
+    async def join(self, group: str, channel: str) -> None:
+        """Make ``channel``, one of this process, a member for as long as it lasts.
+
+        If it fails or is cancelled, it is a member if it was one, or if another call makes it one. Raises
+        ``ClosedResourceError`` for a channel that has ended.
+        """
+        self._here.require_living(channel)
+        with self._joins.undone_by(partial(self.leave_soon, [(group, channel)]), group, channel):
+            await self.add(group, channel)
+            self._here.join_ours(group, channel)
 
     async def discard(self, group: str, channel: str) -> None:
         """End the membership of ``channel``. If cancelled, it is a member or is not."""
@@ -80,6 +96,22 @@ class Memberships:
         if isinstance(request.error, ConnectionLost):
             self.leave_soon([(group, channel)])  # by then its group may be elsewhere
 
+    def remove_dead(self, group: str, channels: Collection[str]) -> None:
+        """Messages expired unread in what ``channels`` share: their process is dead, and cannot leave ``group`` itself.
+
+        Not if it is a peer's, which reads only while somebody waits. One that only stood still joins again by itself, so what
+        joined since the messages were sent stays.
+        """
+        dead = [name for name in channels if is_of_this_package(name) and not self._here.is_ours(name)]
+        for start in range(0, len(dead), _AT_ONCE):
+            self.owner(group).call_soon(
+                GROUP_REMOVE,
+                [self._names.group(group)],
+                self._expiry,
+                *dead[start : start + _AT_ONCE],
+                done=self.log_refusal,
+            )
+
     def servers_changed(self) -> None:
         """Groups may have other owners: what waits for a server that is away is told where they are now."""
         waiting = [one for link in list(self._to_leave) for one in self._to_leave.pop(link)]
@@ -98,8 +130,14 @@ class Memberships:
         """Whether it is time to renew at that server; ``now`` is by ``time.monotonic()``."""
         return now - self._renewed_at.get(link, -self._group_expiry) >= self._group_expiry / 3
 
+    def renew_all(self) -> None:
+        """Join again everywhere: this process stood still, and others may have taken it for dead."""
+        for link in self._router.links:
+            if link.connection is not None:
+                self.renew(link)
+
     def renew(self, link: Link) -> None:
-        """Join all groups of open inboxes at that server, again or to renew."""
+        """Join the groups of our own channels at that server, again or to renew."""
         self._renewed_at[link] = time.monotonic()
         for group in tuple(self._here.groups.values()):
             if self.owner(group.name) is not link:
@@ -120,7 +158,7 @@ class Memberships:
             self._troubles.note(MEMBERSHIP_REFUSED, error=said(request.error))
 
     def close(self) -> None:
-        """Inboxes that are still open leave their groups: nobody else would end these memberships."""
+        """Our own channels leave their groups: nobody else would end these memberships."""
         self._to_leave[None] += [
             (group.name, name)
             for group in self._here.groups.values()

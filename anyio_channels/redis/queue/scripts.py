@@ -20,6 +20,7 @@ __all__ = [
     "GIVE_BACK",
     "GROUP_ADD",
     "GROUP_MEMBERS",
+    "GROUP_REMOVE",
     "GROUP_SEND",
     "POP",
     "SEND",
@@ -115,9 +116,22 @@ def _sent_or_wait(reply: Any) -> tuple[int, int]:
     return replies.whole(expired), replies.whole(milliseconds)
 
 
-def _expired_and_full(reply: Any) -> tuple[int, list[int]]:
-    expired, *full = [replies.whole(one) for one in replies.items(reply)]
-    return expired, full
+class BroadcastReply(NamedTuple):
+    """What ``GROUP_SEND`` returns; keys by their numbers, from 1."""
+
+    expired: int
+    full: list[int]
+    stale: list[int]
+    """The keys in which messages had expired."""
+
+
+def _broadcast(reply: Any) -> BroadcastReply:
+    expired, full, stale = replies.items(reply, 3)
+    return BroadcastReply(
+        replies.whole(expired),
+        [replies.whole(one) for one in replies.items(full)],
+        [replies.whole(one) for one in replies.items(stale)],
+    )
 
 
 def _ticked(reply: Any) -> tuple[bool, float]:
@@ -203,25 +217,38 @@ return redis.call('ZRANGE', KEYS[1], 0, -1)
     replies.bytes_list,
 )
 
+GROUP_REMOVE: Final = Script.of(
+    # KEYS: group. ARGV: seconds, then channel names. Removes those that joined, or were renewed, before so many seconds.
+    _NOW
+    + """
+for i = 2, #ARGV do
+  local joined = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[i]))
+  if joined and joined <= now - ARGV[1] then redis.call('ZREM', KEYS[1], ARGV[i]) end
+end
+"""
+)
+
 GROUP_SEND: Final = Script.of(
     # KEYS: channels. ARGV: expiry (seconds), then for each key its capacity and its entry.
-    # Returns how many messages had expired, and the numbers of the keys that were full.
+    # Returns how many messages had expired, the numbers of the keys that were full, and of those in which messages had expired.
     _NOW
     + _EXPIRE
     + _ADD
     + """
-local result = {0}
+local expired, full, stale = 0, {}, {}
 for i = 1, #KEYS do
-  result[1] = result[1] + expire(KEYS[i], ARGV[1])
+  local here = expire(KEYS[i], ARGV[1])
+  expired = expired + here
+  if here > 0 then stale[#stale + 1] = i end
   if redis.call('ZCARD', KEYS[i]) < tonumber(ARGV[2 * i]) then
     add(KEYS[i], ARGV[2 * i + 1], ARGV[1])
   else
-    result[#result + 1] = i
+    full[#full + 1] = i
   end
 end
-return result
+return {expired, full, stale}
 """,
-    _expired_and_full,
+    _broadcast,
 )
 
 TICK: Final = Script.of(

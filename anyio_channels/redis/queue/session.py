@@ -9,7 +9,6 @@ Rules:
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,12 +20,13 @@ from anyio import create_task_group, move_on_after
 from anyio.abc import TaskStatus
 from redis.crc import key_slot
 
+from anyio_channels.contract.names import new_process
 from anyio_channels.local.directory import Channel
 from anyio_channels.local.later import Later
 from anyio_channels.local.waiting import Mailroom
-from anyio_channels.log import CLOSE_UNFINISHED, SUBSCRIPTION_REFUSED, said
+from anyio_channels.log import CHANNEL_ENDED, CLOSE_UNFINISHED, SUBSCRIPTION_REFUSED, said
 from anyio_channels.redis.client import Connection, Link, LinkEvents, Request, Subscriptions, at_each, replies
-from anyio_channels.redis.servers import every, log_keep_alive
+from anyio_channels.redis.servers import every, log_keep_alive, when_late
 from anyio_channels.redis.wire import glob_escaped, keys_of
 
 from .blocking import BlockingPop
@@ -47,13 +47,22 @@ class Session(LinkEvents):
 
     def __init__(self, setup: Setup) -> None:
         """Become blank: nothing is connected yet."""
-        self.client: str = secrets.token_hex(16)
+        self.client: str = new_process()
         """This process, in the names of its channels."""
         self._setup = setup
         self._router = setup.router
         self._names = setup.names
         mailroom = Mailroom(setup.clock)
-        self.here: QueueDirectory = QueueDirectory(mailroom, setup.get_capacity, setup.names.channel, self._leave)
+        self.here: QueueDirectory = QueueDirectory(
+            mailroom,
+            setup.get_capacity,
+            setup.names.channel,
+            self._leave,
+            mark=f"{self.client}!",
+            expiry=setup.expiry,
+            group_expiry=setup.group_expiry,
+            on_end=self._log_end,
+        )
         self.later: Later = Later()
         self.delivery: Delivery = Delivery(setup, self.here)
         self.senders: WaitingSenders = WaitingSenders(setup)
@@ -75,6 +84,7 @@ class Session(LinkEvents):
         async with create_task_group() as tasks:
             tasks.start_soon(self.later.run)
             tasks.start_soon(every, min(self._setup.options.keep_alive, self._setup.group_expiry / 3), self._tick)
+            tasks.start_soon(when_late, self._setup.expiry / 2, self.memberships.renew_all)
 
     def _tick(self) -> None:
         """Keep connections alive and memberships fresh, and drop what has expired."""
@@ -263,6 +273,9 @@ class Session(LinkEvents):
         """Call ``act`` after so many seconds."""
         self.later.after(seconds, act)
 
+    def _log_end(self, channel: str, discarded: int) -> None:
+        CHANNEL_ENDED.write(layer=repr(self._setup.layer), channel=channel, discarded=discarded)
+
     def _leave(self, memberships: list[tuple[str, str]]) -> None:
         self.memberships.leave_soon(memberships)
 
@@ -275,11 +288,6 @@ class Session(LinkEvents):
         if key not in source.own:
             source.own[key] = self._names.routed_by(key)
             source.wait_for_own(key)
-
-    def owns(self, name: str) -> bool:
-        """Whether what is sent to the process of ``name`` comes here."""
-        key = self._names.channel(name)
-        return "!" in name and key in self.sources[self.link_of(key)].own
 
     async def flush_server(self, link: Link) -> None:
         """Remove what one server holds under the prefix, and wait for what was popped before."""
