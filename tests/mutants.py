@@ -643,8 +643,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/layer.py",
-        "sum(len(members[number - 1]) for number in reply.full)",
-        "sum(len(members[number - 2]) for number in reply.full)",
+        "for number, names in enumerate(members, 1) if number in reply.full",
+        "for number, names in enumerate(members) if number in reply.full",
         "the members that missed a broadcast are counted",
         f"{_LAYERS} tests/test_log.py",
     ),

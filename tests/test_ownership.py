@@ -12,16 +12,18 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from anyio import ClosedResourceError, create_task_group, fail_after, to_thread
 from anyio.lowlevel import checkpoint
-from layers_on_redis import KINDS, PATIENCE, PUBSUB, QUEUE, Kind, both, grow_older, new_prefix, until
+from layers_on_redis import KINDS, PATIENCE, PUBSUB, QUEUE, Kind, both, grow_older, new_prefix, until, until_answered
 from redis_server import RedisServer
 
 from anyio_channels import InMemoryChannelLayer, RedisChannelLayer
+from anyio_channels.redis import servers
 from anyio_channels.redis.wire import Names
 from anyio_channels.testing import Clock
 
@@ -175,7 +177,9 @@ async def test_a_name_of_somebody_s_own_in_memory() -> None:
     """In memory every process-specific name is ours: a member until group_expiry after its last use, and read again later."""
     clock = Clock()
     layer = InMemoryChannelLayer(clock=clock, expiry=10, group_expiry=30)
+    await layer.send("a!b", {"n": 0})
     await layer.group_add("room", "a!b")
+    assert await layer.receive("a!b") == {"n": 0}
     for _ in range(3):
         await clock.advance(layer, 29)
         await layer.group_send("room", {"n": 1})
@@ -234,6 +238,27 @@ async def test_many_that_end_at_once_are_not_sent_to() -> None:
     assert await layer.group_channels("room") == set(names[:5])
 
 
+async def test_nobody_reads_what_comes_too_late() -> None:
+    """What is sent to a channel that has ended is kept for nobody, and expires."""
+    clock = Clock()
+    layer = InMemoryChannelLayer(clock=clock, expiry=10)
+    name = str(await layer.new_channel())
+    await clock.advance(layer, 10)
+    await layer.send(name, {})
+    assert layer.statistics().buffered_messages == 1
+    for _ in range(2):
+        with pytest.raises(ClosedResourceError, match="has ended"):
+            await layer.receive(name)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await layer.receive(name)
+    with pytest.raises(ClosedResourceError, match="has ended"):
+        await layer.group_add("room", name)
+    await clock.advance(layer, 10)
+    counts = layer.statistics()
+    assert (counts.channels, counts.expired, counts.groups) == (0, 1, 0)
+
+
 async def test_flush_ends_no_channel() -> None:
     """Messages and memberships are gone; the channel can be received from, and joins again."""
     layer = InMemoryChannelLayer()
@@ -265,6 +290,13 @@ async def test_a_normal_channel_on_pubsub(redis_server: RedisServer) -> None:
         await hears("member")
         await layer.group_discard("room", "member")
         await hears()
+        await cancelled_receive(layer, "again")
+        await clock.advance(layer, 10)
+        async with create_task_group() as tg:
+            tg.start_soon(layer.receive, "again")  # its end and its beginning are seen in one
+            await anyio.wait_all_tasks_blocked()
+            tg.cancel_scope.cancel()
+        await hears("again")
 
 
 # Memberships
@@ -403,6 +435,26 @@ async def test_a_process_that_was_killed(redis_server: RedisServer) -> None:
             assert [await inbox.receive() for _ in range(2)] == [{"n": 1}, {"n": 2}]
 
 
+async def test_a_timer_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells when it fires more than its own time too late, and not before."""
+    now = 0.0
+    lengths = [10.0, 19.9, 20.1, 10.0]
+    late: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        assert seconds == 10.0
+        if not lengths:
+            raise ClosedResourceError
+        now += lengths.pop(0)
+
+    monkeypatch.setattr(servers, "sleep", sleep)
+    monkeypatch.setattr(servers, "time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(ClosedResourceError):
+        await servers.when_late(10.0, lambda: late.append(now))
+    assert late == [50.0]
+
+
 @pytest.mark.parametrize("expiry", [0.2])
 async def test_a_process_that_stood_still(expiry: float, redis_server: RedisServer) -> None:
     """It was taken for dead by others: when it goes on, it joins its groups again by itself."""
@@ -418,17 +470,27 @@ async def test_a_process_that_stood_still(expiry: float, redis_server: RedisServ
                 await checkpoint()
 
 
-async def test_who_joined_again_is_not_taken_for_dead(redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+async def test_who_joined_again_is_not_taken_for_dead(
+    cluster: bool, redis_server: RedisServer, request: pytest.FixtureRequest
+) -> None:
     """A process that stood still has joined again when a broadcast finds its old messages: it stays a member."""
+    nodes = request.getfixturevalue("quiet_cluster").nodes[:3] if cluster else [redis_server]
     prefix = new_prefix()
-    async with RedisChannelLayer([redis_server.url], prefix=prefix) as layer:
+
+    def all_grow_older() -> None:
+        for node in nodes:
+            with node.client() as client:
+                grow_older(client, prefix, 60)
+
+    async with RedisChannelLayer([node.url for node in nodes], prefix=prefix, cluster=cluster) as layer:
         name = f"specific.p{'0' * 31}!other"
         await layer.send(name, {"n": 1})
-        with redis_server.client() as client:
-            grow_older(client, prefix, layer.expiry)
-            await layer.group_add("room", name)
-            await layer.group_send("room", {"n": 2})
-            assert await layer.group_channels("room") == {name}
-            grow_older(client, prefix, layer.expiry)
-            await layer.group_send("room", {"n": 3})
-            assert await layer.group_channels("room") == set()
+        all_grow_older()
+        await layer.group_add("room", name)
+        await layer.group_send("room", {"n": 2})
+        assert await layer.group_channels("room") == {name}
+        all_grow_older()
+        await layer.group_send("room", {"n": 3})
+        await until_answered(layer)
+        assert await layer.group_channels("room") == set()

@@ -260,7 +260,7 @@ async def test_numbers_of_members_that_are_not(redis_server: RedisServer) -> Non
     """A broadcast that is answered with members who were not asked for counts none of them."""
     async with Liar(redis_server) as liar, make(QUEUE, liar) as layer:
         await layer.group_add("room", "work")
-        liar.lie("GROUP_SEND", b"*3\r\n:0\r\n:0\r\n:99\r\n")
+        liar.lie("GROUP_SEND", b"*3\r\n:0\r\n*2\r\n:0\r\n:99\r\n*2\r\n:0\r\n:99\r\n")
         await layer.group_send("room", {"n": 1})
         assert liar.told.is_set()
         assert layer.statistics().dropped_full == 0

@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import ref
 
 from anyio import ClosedResourceError
@@ -55,8 +55,7 @@ class _Watch(ref[_Name]):
 
 def _name_is_gone(watch: ref[_Name]) -> None:
     """Called by the garbage collector, at any moment, perhaps within a locked section."""
-    if isinstance(watch, _Watch):
-        watch.channel.name_is_gone()
+    cast("_Watch", watch).channel.name_is_gone()
 
 
 class Channel(Mailbox[Any]):
@@ -466,9 +465,7 @@ class Directory:
         try:
             with self.mailroom:
                 now = self.mailroom.clock()
-                member = self.member(channel, now, rung)
-                if member is not None:
-                    self.join(group, member, now)
+                self.join(group, self.member(channel, now, rung) or self.add(channel), now)
         finally:
             self.mailroom.wake(rung)
 

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from math import inf
@@ -98,9 +99,9 @@ class Mailbox(Expirable, Generic[T]):
         self.drop_old: bool = drop_old
         self.track_gaps: bool = track_gaps
 
-    def is_over(self, now: float) -> bool:  # noqa: ARG002 - a channel's depends on it
-        """Whether it has ended, or is to end now; called under the lock, with a time that is not before ``ends_at``."""
-        return True
+    @abstractmethod
+    def is_over(self, now: float) -> bool:
+        """Whether it has ended, or is to end now; called under the lock."""
 
     def reader_joins(self, rung: list[Waiter]) -> None:
         """A reader found nothing and is about to join the line; called under the lock. Raises if nothing can come."""
@@ -130,10 +131,6 @@ class Mailbox(Expirable, Generic[T]):
     def dead(self) -> bool:
         """Whether it was closed."""
         return self.closed
-
-    def has_expired(self, now: float) -> bool:
-        """Whether the oldest item may be past its time."""
-        return bool(self.entries) and self.entries[0][0] <= now
 
     def put(self, entry: tuple[float, T], now: float, rung: list[Waiter]) -> bool:
         """Add ``entry``, or return ``False``: the mailbox is full of unexpired items."""

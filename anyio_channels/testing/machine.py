@@ -473,11 +473,9 @@ class ContractMachine(RuleBasedStateMachine):
             channel.use(self.now, cancelled=True)
         self.call(self.layer.group_add, group, name)
         members = self.groups[group]
-        if channel.normal or not self.features.ends_channels:
-            if members.get(name) != inf:
-                members[name] = self.now + GROUP_EXPIRY
-        else:
-            members[name] = inf  # as long as it lasts
+        lasts = self.features.ends_channels and not channel.normal
+        members[name] = inf if lasts else max(members.get(name, 0.0), self.now + GROUP_EXPIRY)
+        if lasts:
             channel.use(self.now, cancelled=channel.deserted)
 
     @rule(data=st.data(), group=st.sampled_from(GROUPS))

@@ -269,9 +269,10 @@ class RedisChannelLayer(OnRedis, AtHome):
         self._session.delivery.expired_elsewhere += reply.expired
         members = list(batch.values())
         self._sent += sum(map(len, members))
-        self._miss(group, sum(len(members[number - 1]) for number in reply.full))
-        for number in reply.stale:
-            self._session.memberships.remove_dead(group, members[number - 1])
+        self._miss(group, sum(len(names) for number, names in enumerate(members, 1) if number in reply.full))
+        for number, names in enumerate(members, 1):
+            if number in reply.stale:
+                self._session.memberships.remove_dead(group, names)
 
     async def _send_to_slots(self, group: str, batch: dict[str, list[str]], arguments: list[Any]) -> None:
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""

@@ -132,9 +132,8 @@ class Memberships:
 
     def renew_all(self) -> None:
         """Join again everywhere: this process stood still, and others may have taken it for dead."""
-        for link in self._router.links:
-            if link.connection is not None:
-                self.renew(link)
+        for link in [one for one in self._router.links if one.connection is not None]:
+            self.renew(link)
 
     def renew(self, link: Link) -> None:
         """Join the groups of our own channels at that server, again or to renew."""
