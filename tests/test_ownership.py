@@ -23,6 +23,7 @@ from layers_on_redis import KINDS, PATIENCE, PUBSUB, QUEUE, Kind, both, grow_old
 from redis_server import RedisServer
 
 from anyio_channels import InMemoryChannelLayer, RedisChannelLayer
+from anyio_channels.local.expiry import Expirable, ExpiryIndex
 from anyio_channels.redis import servers
 from anyio_channels.redis.wire import Names
 from anyio_channels.testing import Clock
@@ -220,6 +221,72 @@ async def test_the_end_is_logged(kind: Kind, redis_server: RedisServer, caplog: 
     ended = [one.__dict__ for one in caplog.records if one.__dict__["anyio_channels_event"] == "channel.ended"]
     assert [(one["anyio_channels_channel"], one["anyio_channels_discarded"]) for one in ended] == [(name, 1)]
     assert kept not in caplog.text
+
+
+async def test_one_of_two_readers_is_served() -> None:
+    """The other one waits as long as it likes: its channel does not end under it, and it gets what comes."""
+    clock = Clock()
+    layer = InMemoryChannelLayer(clock=clock, expiry=10, group_expiry=30)
+    got: list[Any] = []
+    channel = await layer.new_channel()
+
+    async def read() -> None:
+        got.append(await layer.receive(channel))
+
+    await layer.group_add("room", channel)
+    async with create_task_group() as tg:
+        for _ in range(2):
+            tg.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        await layer.send(channel, {"n": 1})
+        await anyio.wait_all_tasks_blocked()
+        await clock.advance(layer, 100)
+        assert await layer.group_channels("room") == {channel}
+        await layer.group_send("room", {"n": 2})
+        with fail_after(PATIENCE):
+            while len(got) < 2:
+                await checkpoint()
+    assert got == [{"n": 1}, {"n": 2}]
+
+
+async def test_a_name_that_is_collected_late() -> None:
+    """Where the last use is longer ago than expiry when the name goes, the channel ends with it."""
+    clock = Clock()
+    layer = InMemoryChannelLayer(clock=clock, expiry=10, group_expiry=100)
+    name = await layer.new_channel()
+    await layer.group_add("room", name)
+    await clock.advance(layer, 50)
+    assert layer.statistics().members == 1  # everything that is due was looked at
+    del name
+    gc.collect()
+    assert await layer.group_channels("room") == set()
+
+
+async def test_what_is_hastened_during_a_sweep() -> None:
+    """The garbage collector may run while things are swept: the next sweep looks at what it found, not a later one."""
+
+    class Due(Expirable):
+        __slots__ = ("looked_at", "meanwhile")
+        dead = False
+
+        def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+            self.listed = False
+            self.looked_at = 0
+            self.meanwhile = meanwhile
+
+        def fall_due(self, now: float, rung: list[Any]) -> float | None:
+            self.looked_at += 1
+            self.meanwhile()
+            return None
+
+    index = ExpiryIndex()
+    collected = Due()
+    index.add(collected, 1000.0)
+    index.add(Due(lambda: index.hasten(collected)), 1.0)
+    index.sweep(1.0, [])
+    assert index.next_due <= 1.0
+    index.sweep(1.0, [])
+    assert (collected.looked_at, index.next_due) == (1, 1000.0)
 
 
 async def test_many_that_end_at_once_are_not_sent_to() -> None:
