@@ -217,6 +217,9 @@ class OpenTelemetryChannelLayer(BaseChannelLayer):
         """Return a process-specific channel name that nobody has."""
         return await self.layer.new_channel(prefix)
 
+    async def _arrived(self, channel: str) -> None:
+        await self.layer._arrived(channel)  # noqa: SLF001 - this is the layer's own, handed on
+
     async def flush(self) -> None:
         """Throw away all messages and memberships."""
         await self.layer.flush()

@@ -117,7 +117,7 @@ class Portal:
             life.stop()
             raise
         if not life.was_open:
-            atexit.unregister(self.close)
+            atexit.unregister(self._close_at_exit)
         life.raise_error()
         if not life.was_open:
             raise ClosedResourceError(f"{self.name} was closed while it was being opened")
@@ -133,7 +133,7 @@ class Portal:
                     except BaseException:
                         self._life = before
                         raise
-                    atexit.register(self.close)
+                    atexit.register(self._close_at_exit)
                     return life
                 if before.state != _CLOSING:
                     raise _AlreadyOpenError(f"{self.name} is already open")
@@ -159,15 +159,32 @@ class Portal:
         Whoever waits for a call, or for opening, gets ``anyio.ClosedResourceError``. Raises what ended the loop before its
         time, once. Closing twice, or in a fork, does nothing.
         """
+        life = self._end()
+        if life is not None:
+            atexit.unregister(self._close_at_exit)
+            life.raise_error()
+
+    def _close_at_exit(self) -> None:
+        """Close it as the interpreter exits.
+
+        When what lived in the loop was left, the loop's own end is of no consequence any more, and may fail: asyncio ends the
+        threads that resolved host names by means of another, which Python 3.12 does not let it start
+        (https://github.com/python/cpython/issues/113964).
+        """
+        life = self._end()
+        if life is not None and not life.has_left:
+            life.raise_error()
+
+    def _end(self) -> _Life | None:
+        """End what is there, and return it."""
         life = self._life
         if life is None or self.is_foreign:
-            return
+            return None
         refuse_in_loop(f"closing {self.name}")
         life.is_closed = True
         life.stop()
         life.join()
-        atexit.unregister(self.close)
-        life.raise_error()
+        return life
 
     def start(
         self,
@@ -258,6 +275,8 @@ class _Life:
         self.was_open = False
         self.is_closed = False
         """Whether somebody wanted it closed."""
+        self.has_left = False
+        """Whether what lived in the loop was entered and left, with no error."""
         self._make_resident = make_resident
         self._lock = lock
         self._begun = _taken_lock()
@@ -349,6 +368,7 @@ class _Life:
                     with self._lock:
                         self.state = _CLOSING
                     self._calls.cancel_scope.cancel()
+        self.has_left = True
 
     def _give_up(self) -> None:
         self._scope.cancel()

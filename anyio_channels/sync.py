@@ -15,7 +15,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
-from anyio import CancelScope, ClosedResourceError, Event, move_on_after
+from anyio import CancelScope, ClosedResourceError, Event, create_task_group, move_on_after
+from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
 
 from .contract.layer import (
     MESSAGE_VARIABLES,
@@ -107,21 +109,29 @@ class SyncChannelLayer:
     def send(self, channel: str, message: Message, *, wait: bool = False, timeout: float | None = None) -> None:
         """Send ``message`` to ``channel``, as ``BaseChannelLayer.send``.
 
-        ``timeout``: with ``wait=True``, how many seconds to wait for room; ``TimeoutError`` when there was none.
+        ``timeout``: with ``wait=True``, how many seconds to wait for room, 0 for not at all; ``TimeoutError`` when there was
+        none.
         """
         what = f"there was no room in channel {channel!r}"
         if timeout is not None and not wait:
             raise ValueError(f"timeout={timeout!r} has no effect without wait=True: send() does not wait for room")
-        self._call("send()", _within, timeout, what, partial(self.layer.send, channel, message, wait=wait))
+        if _is_zero(timeout):
+            try:
+                self._call("send()", self.layer.send, channel, message)
+            except ChannelFull as error:
+                raise TimeoutError(what) from error
+        else:
+            self._call("send()", _within, timeout, what, partial(self.layer.send, channel, message, wait=wait))
 
     def receive(self, channel: str, timeout: float | None = None) -> Message:
         """Wait for the next message on ``channel`` and return it, as ``BaseChannelLayer.receive``.
 
-        ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
+        ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came. 0 takes what is there
+        now; a layer over a network asks its server, and waits for the answer only.
         """
-        what = f"no message came on channel {channel!r}"
         receive = partial(self.layer.receive, channel)
-        return _with_variables(self._call("receive()", _receive_within, timeout, what, receive))
+        arrived = partial(self.layer._arrived, channel)  # noqa: SLF001 - the half of receive() that this needs
+        return _with_variables(self._call("receive()", _receive_within, timeout, channel, receive, arrived))
 
     def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
@@ -161,7 +171,7 @@ class SyncChannelLayer:
     ) -> SyncInbox:
         """Return an inbox for ``with``, as ``BaseChannelLayer.subscribe`` does for ``async with``."""
         inbox = self.layer.subscribe(*groups, prefix=prefix, capacity=capacity, overflow=overflow, on_gap=on_gap)
-        return SyncInbox(self._portal, inbox)
+        return SyncInbox(self._portal, self.layer, inbox)
 
     # What needs no waiting
 
@@ -234,9 +244,10 @@ class SyncInbox:
     gets ``anyio.ClosedResourceError``.
     """
 
-    def __init__(self, portal: Portal, inbox: Inbox) -> None:
+    def __init__(self, portal: Portal, layer: BaseChannelLayer, inbox: Inbox) -> None:
         """Called by ``subscribe()``."""
         self._portal = portal
+        self._layer = layer
         self._inbox = inbox
         # Of the loop.
         self._entering: Event | None = None
@@ -292,11 +303,12 @@ class SyncInbox:
     def receive(self, timeout: float | None = None) -> Message:
         """Wait for the next message and return it, as ``Inbox.receive``.
 
-        ``timeout``: how many seconds to wait, ``None`` for ever; ``TimeoutError`` when nothing came.
+        ``timeout``: as for ``SyncChannelLayer.receive``.
         """
-        what = f"no message came on channel {self.channel!r}"
-        receive = self._inbox.receive
-        return _with_variables(self._call("subscribe().receive()", _receive_within, timeout, what, receive))
+        channel = self.channel
+        arrived = partial(self._layer._arrived, channel)  # noqa: SLF001 - as in SyncChannelLayer.receive
+        answer = self._call("subscribe().receive()", _receive_within, timeout, channel, self._inbox.receive, arrived)
+        return _with_variables(answer)
 
     def __iter__(self) -> Self:
         """Iterate over the messages as they come; never ends by itself."""
@@ -328,11 +340,56 @@ async def _within(seconds: float | None, what: str, function: Callable[[], Await
 
 
 async def _receive_within(
-    seconds: float | None, what: str, receive: Callable[[], Awaitable[Message]]
+    seconds: float | None,
+    channel: str,
+    receive: Callable[[], Awaitable[Message]],
+    arrived: Callable[[], Awaitable[None]],
 ) -> tuple[Message, list[Any]]:
     """Receive as ``_within``; return what the task was told about the message, too."""
-    message = await _within(seconds, what, receive)
+    if _is_zero(seconds):
+        return await _receive_now(channel, receive, arrived)
+    message = await _within(seconds, f"no message came on channel {channel!r}", receive)
     return message, [variable.get(None) for variable in MESSAGE_VARIABLES]
+
+
+async def _receive_now(
+    channel: str, receive: Callable[[], Awaitable[Message]], arrived: Callable[[], Awaitable[None]]
+) -> tuple[Message, list[Any]]:
+    """Receive what is there. A reader waits in its turn, and is cancelled when there is nothing for it, so none is lost."""
+    received: tuple[Message, list[Any]] | None = None
+    trouble: Exception | None = None
+
+    async def read(*, task_status: TaskStatus[None]) -> None:
+        nonlocal received, trouble
+        task_status.started()
+        try:
+            message = await receive()
+            received = message, [variable.get(None) for variable in MESSAGE_VARIABLES]
+        except Exception as error:  # noqa: BLE001 - raised below, outside the task group
+            trouble = error
+
+    async with create_task_group() as tasks:
+        await tasks.start(read)
+        await _let_others_run()
+        if received is None and trouble is None:
+            await arrived()
+            await _let_others_run()
+        tasks.cancel_scope.cancel()
+    if trouble is not None:
+        raise trouble
+    if received is None:
+        raise TimeoutError(f"there is no message on channel {channel!r}")
+    return received
+
+
+async def _let_others_run() -> None:
+    """Let the reader come to where it waits, or leave: it gives way to others once before, and is rung once after."""
+    for _ in range(3):
+        await checkpoint()
+
+
+def _is_zero(seconds: float | None) -> bool:
+    return seconds == 0 and not isinstance(seconds, bool)
 
 
 def _with_variables(received: tuple[Message, list[Any]]) -> Message:

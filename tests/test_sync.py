@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -32,6 +33,8 @@ from anyio_channels import (
     RedisPubSubChannelLayer,
 )
 from anyio_channels import portal as portal_module
+from anyio_channels.contract.layer import Message
+from anyio_channels.otel import OpenTelemetryChannelLayer
 from anyio_channels.portal import Portal
 from anyio_channels.sync import SyncChannelLayer
 
@@ -203,11 +206,112 @@ def test_errors_are_those_of_the_layer(sync: SyncChannelLayer) -> None:
         assert isinstance(caught.value, layer.MessageTooLarge)
         with pytest.raises(TypeError, match="Group name must be"), layer.subscribe("no name"):
             pass
-        for timeout in (0, -1, float("nan")):
+        for timeout in (-1, float("nan")):
             with pytest.raises(ValueError, match="timeout must be a positive, finite number of seconds"):
                 layer.receive("a", timeout=timeout)
         with pytest.raises(ValueError, match="timeout=5 has no effect without wait=True"):
             layer.send("a", {}, timeout=5)
+
+
+def test_what_is_there_is_taken_without_waiting(sync: SyncChannelLayer) -> None:
+    """With ``timeout=0`` a message that is there is received, on a channel and in an inbox; without one it is a TimeoutError."""
+    with sync as layer, layer.subscribe("room") as inbox:
+        for number in range(100):  # more than may be received without giving way to others
+            with pytest.raises(TimeoutError, match="there is no message on channel 'jobs'"):
+                layer.receive("jobs", timeout=0)
+            layer.send("jobs", {"n": number})
+            assert layer.receive("jobs", timeout=0) == {"n": number}
+        with pytest.raises(TimeoutError, match=f"there is no message on channel '{inbox.channel}'"):
+            inbox.receive(timeout=0)
+        layer.group_send("room", {"n": 1})
+        while layer.statistics().buffered_messages == 0:
+            time.sleep(0.001)  # it may still travel
+        assert inbox.receive(timeout=0.0) == {"n": 1}
+        assert layer.statistics().waiting_receivers == 0
+        with pytest.raises(TypeError, match="Channel name must be"):
+            layer.receive("no name", timeout=0)
+        with pytest.raises(TypeError, match="must be a number of seconds"):
+            layer.receive("jobs", timeout=False)
+    with pytest.raises(ClosedResourceError):
+        layer.receive("jobs", timeout=0)
+
+
+def test_what_is_there_in_a_layer_of_ones_own() -> None:
+    """``timeout=0`` needs nothing of a layer but that a reader who is cancelled has taken nothing."""
+
+    class Own(BaseChannelLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = InMemoryChannelLayer()
+
+        async def send(self, channel: str, message: Message, *, wait: bool = False) -> None:
+            await self.inner.send(channel, message)
+
+        async def receive(self, channel: str) -> Message:
+            return await self.inner.receive(channel)
+
+    with SyncChannelLayer(Own()) as layer:
+        with pytest.raises(TimeoutError):
+            layer.receive("jobs", timeout=0)
+        layer.send("jobs", {"n": 1})
+        assert layer.receive("jobs", timeout=0) == {"n": 1}
+
+
+def test_not_waiting_takes_nothing_from_those_who_wait(sync: SyncChannelLayer) -> None:
+    """``receive(timeout=0)`` is behind a reader who waits already, who gets the next message."""
+    with sync as layer:
+        channel = layer.new_channel()
+        reader = Caller(layer.receive, channel)
+        wait_for_readers(layer, 1)
+        with pytest.raises(TimeoutError):
+            layer.receive(channel, timeout=0)
+        layer.send(channel, {"n": 1})
+        assert reader.result() == {"n": 1}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_waits_in_redis_is_there(redis_server: RedisServer, traced: bool) -> None:
+    """``receive(timeout=0)`` asks Redis, also where Redis has forgotten the scripts, and below OpenTelemetry."""
+    plain = RedisChannelLayer(hosts=[redis_server.url], prefix=new_prefix())
+    with (
+        SyncChannelLayer(OpenTelemetryChannelLayer(plain) if traced else plain) as layer,
+        redis_server.client() as client,
+    ):
+        for number in range(3):
+            layer.send("jobs", {"n": number})
+        for number in range(3):
+            assert layer.receive("jobs", timeout=0) == {"n": number}
+            client.script_flush()
+        with pytest.raises(TimeoutError):
+            layer.receive("jobs", timeout=0)
+
+
+def test_redis_takes_its_time_to_say_what_is_there(tmp_path: Path) -> None:
+    """``receive(timeout=0)`` waits for what Redis answers, also if that comes late."""
+    with (
+        RedisServer(tmp_path) as server,
+        SyncChannelLayer(RedisChannelLayer(hosts=[server.url], timeout=PATIENCE)) as layer,
+    ):
+        layer.send("jobs", {"n": 1})
+        server.pause()
+        reader = Caller(layer.receive, "jobs", 0)
+        wait_for_readers(layer, 1)
+        layer.statistics()  # the reader's call has gone on meanwhile
+        server.resume()
+        assert reader.result() == {"n": 1}
+
+
+@pytest.mark.parametrize("layer_class", [RedisChannelLayer, RedisPubSubChannelLayer])
+def test_nothing_is_there_while_redis_is_away(
+    layer_class: type[RedisChannelLayer | RedisPubSubChannelLayer], tmp_path: Path
+) -> None:
+    """``receive(timeout=0)`` does not wait through an outage."""
+    with RedisServer(tmp_path) as server, SyncChannelLayer(layer_class(hosts=[server.url], timeout=1)) as layer:
+        server.kill()
+        while layer.statistics().connections:  # type: ignore[attr-defined] # on Redis
+            time.sleep(0.001)  # until it has noticed
+        with pytest.raises(TimeoutError, match="there is no message"):
+            layer.receive("jobs", timeout=0)
 
 
 @pytest.mark.parametrize("sync", SUBJECTS[:4], indirect=True)
@@ -221,9 +325,13 @@ def test_capacity(sync: SyncChannelLayer) -> None:
         assert isinstance(caught.value, layer.ChannelFull)
         with pytest.raises(TimeoutError, match=r"there was no room in channel 'small' within 0\.01 s"):
             layer.send("small", {"n": 5}, wait=True, timeout=0.01)
+        with pytest.raises(TimeoutError, match="there was no room in channel 'small'$"):
+            layer.send("small", {"n": 5}, wait=True, timeout=0)
         sender = Caller(lambda: layer.send("small", {"n": 5}, wait=True))
         assert [layer.receive("small", PATIENCE)["n"] for _ in range(6)] == list(range(6))
         sender.result()
+        layer.send("small", {"n": 6}, wait=True, timeout=0)
+        assert layer.receive("small", timeout=0) == {"n": 6}
 
 
 def test_many_threads(sync: SyncChannelLayer) -> None:

@@ -603,6 +603,47 @@ def test_a_script_that_never_leaves_an_inbox(place: Place) -> None:
     place.await_nothing_left("script")
 
 
+@both
+@pytest.mark.parametrize("refuses", [False, True])
+def test_exiting_with_a_layer_that_knows_its_host_by_name(place: Place, refuses: bool) -> None:
+    """Exiting prints nothing, whether or not Python starts threads at that time: 3.12 does not, and asyncio wants one."""
+    text = """
+        import atexit, threading
+
+        def refuse(self):
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        os.environ["LAYER"] = os.environ["LAYER"].replace("127.0.0.1", "localhost")
+        named = make_layer().open()
+        named.group_send("room", {"n": 1})
+    """
+    if refuses:
+        text += """
+        atexit.register(setattr, threading.Thread, "start", refuse)  # the last to be registered is called first
+    """
+    with place.script(text) as script:
+        assert script.end() == ("", "")
+    place.await_nothing_left("script")
+
+
+@queue
+def test_exiting_with_a_layer_that_cannot_be_closed(place: Place) -> None:
+    """What goes wrong in closing as the interpreter exits is shown."""
+    text = """
+        close = type(layer.layer).__aexit__
+
+        async def leave(*args):
+            await close(*args)
+            raise KeyError("it")
+
+        type(layer.layer).__aexit__ = leave
+        layer.open()
+    """
+    with place.script(text) as script:
+        out, err = script.end()
+        assert (out, err.strip().splitlines()[-1]) == ("", "KeyError: 'it'")
+
+
 @queue
 @pytest.mark.parametrize(
     ("last", "code", "said"),

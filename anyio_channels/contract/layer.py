@@ -368,6 +368,13 @@ class BaseChannelLayer(Names):
         if state.is_due(calls):
             await state.give_way()
 
+    async def _arrived(self, channel: str) -> None:
+        """Return when all that is in ``channel`` has come to the reader who waits for it here.
+
+        For a caller who does not want to wait for more. A layer whose messages travel first must override it.
+        """
+        await self._check_in()
+
     def _not_implemented(self, method: str) -> NotImplementedError:
         return NotImplementedError(f"{type(self).__name__} must implement {method}()")
 

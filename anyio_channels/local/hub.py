@@ -282,6 +282,10 @@ class Hub(AtHome):
         if self.transport is not None:
             await self._attend(self.transport, source)
 
+    async def _arrived(self, channel: str) -> None:
+        """Have what is sent to ``channel`` from now on, if it is not a channel that keeps its messages."""
+        await self._listen(channel)
+
     async def _attend(self, transport: Transport, channel: Channel) -> None:
         """See that messages come to a channel that somebody is about to wait at."""
         try:

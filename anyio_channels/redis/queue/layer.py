@@ -345,6 +345,10 @@ class RedisChannelLayer(OnRedis, AtHome):
                     raise
                 # It was idle, and dropped from the list between finding it and waiting at it.
 
+    async def _arrived(self, channel: str) -> None:
+        """Return when all that waits for a reader here has been popped; at once while its server is away."""
+        await self._session.popped(channel)
+
     async def new_channel(self, prefix: str = "specific.") -> str:
         """Return a process-specific channel name that nobody has, starting with ``prefix``."""
         self._require_valid_prefix(prefix)

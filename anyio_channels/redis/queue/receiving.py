@@ -128,6 +128,10 @@ class Receiving:
         source.blocked[channel.key] = channel
         source.wait_for(channel)
 
+    def is_fetching(self, key: str) -> bool:
+        """Whether a fetch from ``key`` is under way."""
+        return key in self._fetching
+
     def look_after(self, channel: QueueChannel) -> None:
         """A reader left, or may have: there may be something to give back. Callable under the lock."""
         if not self._untidy:

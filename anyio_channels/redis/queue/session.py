@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -227,6 +228,13 @@ class Session(LinkEvents):
     def can_ask(self, channel: QueueChannel) -> bool:
         """Whether the server of ``channel`` is there now."""
         return self.link_of(channel.key).connection is not None
+
+    async def popped(self, name: str) -> None:
+        """Wait for what a fetch from the channel ``name`` brings, if one is under way."""
+        key = self._names.channel(name)
+        with suppress(redis.exceptions.RedisError):
+            while self.receiving.is_fetching(key):
+                await self.link_of(key).execute("PING")  # answered behind the pop, unless that is sent again
 
     def source_of(self, channel: QueueChannel) -> Source:
         """Return the source that waits for ``channel``."""
