@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from command_line import Running, Terminal, environment, run
 from layers_on_redis import QUEUE, Kind, both, new_prefix
-from redis_server import RedisServer, new_directory, wait_until
+from redis_server import RedisServer, free_port, new_directory, wait_until
 from test_cli_messages import backends, one_of_each, url_of
 
 from anyio_channels import create_channel_layer
@@ -251,17 +251,29 @@ def test_bench_interrupted(backend: str, tmp_path: Path) -> None:
 
 
 def test_bench_of_a_redis_that_goes_away(tmp_path: Path) -> None:
-    """Where Redis is lost, bench says that it could not be tidied up."""
+    """Where Redis is lost, bench says that it could not be tidied up, and prints what it measured before."""
     with RedisServer(new_directory(tmp_path, "redis")) as server, server.client() as client:
         url = url_of(server, QUEUE, timeout=0.5, connect_timeout=0.5)
-        with Running("bench", url, "--seconds", "4") as script:
+        with Running("bench", url, "--seconds", "2", "--json") as script:
             wait_until(lambda: client.keys("*-bench-*"))
             server.kill()
             code, out, err = script.wait()
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert [json.loads(line)["layer"] for line in out.splitlines()] == ["memory", "memory"]
     assert "could not be tidied up" in err
     assert "Error: " in err
     assert "Traceback" not in err
+
+
+@one_of_each
+def test_bench_of_a_redis_that_is_not_there(kind: Kind, backend: str) -> None:
+    """bench asks Redis before it measures for an hour, and has nothing to tidy up where it never came in."""
+    scheme = "redis" if kind is QUEUE else "redis+pubsub"
+    url = f"{scheme}://127.0.0.1:{free_port()}/0?connect_timeout=0.2"
+    result = run("bench", url, "--seconds", "3600", "--backend", backend)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: cannot open the layer")
+    assert result.stderr.count("\n") == 1
 
 
 def test_bench_of_a_layer_that_loses_a_message() -> None:

@@ -184,8 +184,32 @@ def test_a_pipe_is_sent_line_by_line(redis_server: RedisServer, tmp_path: Path) 
         result = run("send", "jobs", "-", "--layer", url, stdin=file)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        "2 messages sent before that\nError: channel 'jobs' holds 2 unexpired messages, its capacity; --wait waits for room\n"
+        "2 messages sent before that\n"
+        "Error: line 3 of standard input: channel 'jobs' holds 2 unexpired messages, its capacity; --wait waits for room\n"
     )
+    result = run("send", "jobs", "{}", "--layer", url)
+    assert result.stderr == "Error: channel 'jobs' holds 2 unexpired messages, its capacity; --wait waits for room\n"
+
+
+def test_redis_goes_away_in_the_middle_of_a_pipe(tmp_path: Path) -> None:
+    """Where Redis is lost, send says how many it sent, and at which line it was."""
+    with RedisServer(tmp_path) as server:
+        url = url_of(server, QUEUE, timeout=0.5, connect_timeout=0.5)
+        with Running("send", "jobs", "-", "--layer", url, stdin=subprocess.PIPE) as script:
+            given = script.process.stdin
+            assert given is not None
+            given.write('{"n": 1}\n')
+            given.flush()
+            with SyncChannelLayer(create_channel_layer(url)) as layer:
+                assert layer.receive("jobs", timeout=60) == {"n": 1}
+            server.kill()
+            given.write('\n{"n": 2}\n')
+            given.flush()
+            code, out, err = script.wait()
+    assert (code, out) == (1, "")
+    assert "1 message sent before that" in err
+    assert "Error: line 3 of standard input: Redis at" in err
+    assert "Traceback" not in err
 
 
 def test_members_who_are_full_are_counted(redis_server: RedisServer) -> None:
@@ -339,6 +363,30 @@ def test_standard_streams_that_are_no_pipes(redis_server: RedisServer, tmp_path:
     assert (full.returncode, full.stderr) == (1, b"Error: cannot write the output: No space left on device\n")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["send", "--help"]])
+def test_help_that_cannot_be_written(arguments: list[str]) -> None:
+    """Help and version that cannot be written are one line on standard error; those that nobody reads are none."""
+    command = f"{' '.join(SCRIPT)} {' '.join(arguments)}"
+    options: dict[str, Any] = {"env": environment(), "capture_output": True, "timeout": 60}
+    full = subprocess.run(["sh", "-c", f"{command} >/dev/full"], check=False, **options)
+    assert (full.returncode, full.stderr) == (1, b"Error: cannot write the output: No space left on device\n")
+    unread = subprocess.run(["sh", "-c", f"{command} | true"], check=False, **options)
+    assert (unread.returncode, unread.stderr) == (0, b"")
+
+
+def test_an_error_that_is_not_of_the_output() -> None:
+    """A mistake of ours that is an OSError is not taken for a full disk."""
+    before = """
+import anyio_channels.cli.stats
+def create(*_, **options):
+    raise OSError(5, "ours")
+anyio_channels.cli.stats.run = create
+"""
+    result = run("stats", "redis://localhost", before=before)
+    assert result.returncode == 1
+    assert "OSError: [Errno 5] ours" in result.stderr
+
+
 def test_a_terminal_is_told_text_only(redis_server: RedisServer) -> None:
     """On a terminal, messages are coloured, and what they bring along cannot move the cursor; NO_COLOR is obeyed."""
     url = url_of(redis_server, QUEUE)
@@ -367,7 +415,21 @@ def test_a_terminal_is_told_text_only(redis_server: RedisServer) -> None:
         (["listen", "jobs", "--timeout", "0"], "--timeout"),
         (["listen", "jobs", "--timeout", "nan"], "no number of seconds"),
         (["stats", "--interval", "inf"], "no number of seconds"),
-        (["stats", "redis://ann:s3cret@host"], "extra argument (redis://***@host)"),
+        (["stats", "redis://host", "redis://ann:s3cret@host"], "extra argument (redis://***@host)"),
+        (["stats", "redis://host", "redis://ann:my s3cret@host"], "extra argument (redis://***@host)"),
+        (["listen", "jobs", "news", "more"], "extra arguments (news more)"),
+        (["stats", "redis://host", "--layer", "redis://other"], "the layer is given twice"),
+        (["stats", ""], "it is empty; is a variable of the shell not set?"),
+        (["bench", " "], "it is empty"),
+        (["stats", "--layer", ""], "it is empty"),
+        (["demo", "--layer", ""], "it is empty"),
+        (["send", "jobs", "{}", "--key", ""], "it is empty"),
+        (["groups", "--prefix", ""], "it is empty"),
+        (["groups", "redis://127.0.0.1:notaport/0"], "a Redis URL is redis://[user[:password]@]host[:port]"),
+        (["groups", "redis://:password@127.0.0.1:notaport/0"], "a Redis URL is redis://[user[:password]@]host[:port]"),
+        (["doctor", "redis+sentinel://ann:s3cret@/"], "is redis+sentinel://[user[:password]@]host[:port]"),
+        (["send", "redis://host", "jobs"], "Missing argument 'MESSAGE'"),
+        (["send"], "Missing argument 'CHANNEL'"),
         (["redis://ann:s3cret@host"], "'redis://***@host'"),
         (["send", "jobs"], "MESSAGE"),
         (["send", "jobs", "[]"], "must be an object"),
@@ -388,6 +450,22 @@ def test_wrong_calls(arguments: list[str], trouble: str) -> None:
     assert trouble in " ".join(result.stderr.split())
     assert "s3cret" not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_layer_is_an_argument(redis_server: RedisServer) -> None:
+    """The URL may be an argument of every command, before the others or behind them, and goes before the environment."""
+    url = url_of(redis_server, QUEUE)
+    env = environment(ANYIO_CHANNELS_URL="redis://127.0.0.1:1/0?connect_timeout=0.1")
+    for place, message in ((0, '{"url": "redis://a"}'), (1, "{}"), (2, "{}")):
+        words = ["jobs", message]
+        words.insert(place, url)
+        sent = run("send", *words, env=env)
+        assert (sent.returncode, sent.stdout) == (0, "sent 1 message to channel jobs\n")
+        heard = run("listen", *([url, "jobs"] if place else ["jobs", url]), "--count", "1", "--json", env=env)
+        assert (heard.returncode, heard.stdout) == (0, f"{message}\n")
+    assert run("group-send", url, "room", "{}", env=env).returncode == 0
+    assert run("groups", url, "room", "--json", env=env).stdout == ""
+    assert json.loads(run("stats", url, "--once", "--json", "--interval", "0.1", env=env).stdout)["depth"] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -30,14 +31,25 @@ def main() -> None:
         extra = "demo" if sys.argv[1:2] == ["demo"] else "cli"
         sys.stderr.write(f"anyio-channels needs {error.name}: pip install 'anyio_channels[{extra}]'\n")
         sys.exit(2)
+    except OSError as error:
+        if _forget_unwritten(sys.stdout):  # the help, for instance
+            sys.stderr.write(f"Error: cannot write the output: {error.strerror}\n")
+            sys.exit(1)
+        raise
     finally:
-        _forget_unwritten()
+        _forget_unwritten(sys.stdout)
+        _forget_unwritten(sys.stderr)
 
 
-def _forget_unwritten() -> None:
-    """Give up what standard error could not take: Python would try it once more as it ends, and exit with 120 for it."""
-    if sys.stderr is not None:
+def _forget_unwritten(stream: TextIO | None) -> bool:
+    """Give up what a standard stream could not take, and return whether there was something.
+
+    Python would try it once more as it ends, and exit with 120 for it.
+    """
+    if stream is not None:
         try:
-            sys.stderr.flush()
+            stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return True
+    return False

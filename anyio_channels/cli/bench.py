@@ -3,6 +3,8 @@
 Rules:
 - what is measured has a prefix of its own. All of it is removed, also after Ctrl-C; if this process is killed, Redis forgets
   it within two minutes by itself.
+- Redis is opened first: where it is away, nobody waits for the other figures to hear of it. What was measured before an error
+  is printed all the same.
 - figures of different machines, or of a busy machine, cannot be compared: it says which Python and backend it ran on.
 """
 
@@ -13,13 +15,13 @@ import secrets
 import time
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import click
-from anyio import CancelScope, create_task_group, current_time, move_on_after
+from anyio import CancelScope, create_task_group, current_time, get_cancelled_exc_class, move_on_after
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -65,7 +67,7 @@ class _Result:
     help="How long all measurements take together.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each measurement as one line of JSON.")
-@layer_options(argument=True, default="memory://")
+@layer_options(default="memory://")
 def bench(choice: Choice, seconds: float, *, as_json: bool) -> None:
     """Measure this machine and its Redis.
 
@@ -99,6 +101,7 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
     in_memory = isinstance(layer, InMemoryChannelLayer)
     share = seconds / (len(_IN_MEMORY) + (0 if in_memory else len(_IN_REDIS)))
     results: list[_Result] = []
+    memory = layer if in_memory else InMemoryChannelLayer()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,30 +110,46 @@ async def _bench(choice: Choice, layer: BaseChannelLayer, seconds: float, as_jso
     )
     bars = Console(stderr=True)
     bars.quiet = not bars.is_terminal
-    with Progress(*columns, console=bars, auto_refresh=False, transient=True, disable=bars.quiet) as progress:
-        memory = layer if in_memory else InMemoryChannelLayer()
-        async with opened(memory, choice):
-            results += await _measure_all("memory", memory, _IN_MEMORY, share, progress)
-        if not in_memory:
-            results += await _measure_redis(choice, layer, share, progress)
+    try:
+        with Progress(*columns, console=bars, auto_refresh=False, transient=True, disable=bars.quiet) as progress:
+            async with nullcontext() if in_memory else _apart(choice, layer) as redis:
+                async with opened(memory, choice):
+                    await _measure_all(results, "memory", memory, _IN_MEMORY, share, progress)
+                if redis is not None:
+                    scheme = choice.shown.partition("://")[0]
+                    await _measure_all(results, scheme, redis, _IN_REDIS, share, progress)
+    except Exception:
+        await _print(choice, results, as_json)
+        raise
+    await _print(choice, results, as_json)
+    return 0
+
+
+async def _print(choice: Choice, results: list[_Result], as_json: bool) -> None:  # noqa: FBT001
     if as_json:
         for one in results:
             values = {field: getattr(one, field) for field in _Result.__slots__}
             await write(to_json({**values, "backend": choice.backend, "python": platform.python_version()}))
-    else:
+    elif results:
         await write(render(console(), _table(choice, results)))
-    return 0
 
 
-async def _measure_redis(choice: Choice, layer: Any, seconds: float, progress: Progress) -> list[_Result]:
-    """Measure a layer like ``layer`` with a prefix that nobody has; nothing of it is there afterwards."""
+@asynccontextmanager
+async def _apart(choice: Choice, layer: Any) -> AsyncGenerator[BaseChannelLayer]:
+    """Have a layer like ``layer`` open, with a prefix that nobody has; nothing of it is there afterwards."""
     make = partial(choice.make_layer_apart, f"{layer.options.prefix}-bench-{secrets.token_hex(6)}", _LIFE)
+    is_refused = True
     try:
         async with opened(make(), choice) as own:
-            return await _measure_all(choice.shown.partition("://")[0], own, _IN_REDIS, seconds, progress)
+            is_refused = False
+            yield own
+    except get_cancelled_exc_class():
+        is_refused = False  # it may have written already
+        raise
     finally:
-        with move_on_after(_CLEANING, shield=True):
-            await _tidy_up(make())
+        if not is_refused:
+            with move_on_after(_CLEANING, shield=True):
+                await _tidy_up(make())
 
 
 async def _tidy_up(layer: Any) -> None:
@@ -145,9 +164,14 @@ async def _tidy_up(layer: Any) -> None:
 
 
 async def _measure_all(
-    name: str, layer: BaseChannelLayer, kinds: dict[str, _Measure], seconds: float, progress: Progress
-) -> list[_Result]:
-    results: list[_Result] = []
+    results: list[_Result],
+    name: str,
+    layer: BaseChannelLayer,
+    kinds: dict[str, _Measure],
+    seconds: float,
+    progress: Progress,
+) -> None:
+    """Add what is measured to ``results``, one after the other."""
     for what, measure in kinds.items():
         task = progress.add_task(f"{name}: {what}", total=seconds)
         patience = 2 * getattr(layer, "timeout", _NEVER)
@@ -157,7 +181,6 @@ async def _measure_all(
         if scope.cancelled_caught:
             raise click.ClickException(f"nothing came back from {name} for {patience:g} seconds; is Redis away?")
         results.append(clock.result(name, what))
-    return results
 
 
 class _Clock:

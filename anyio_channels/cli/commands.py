@@ -6,7 +6,6 @@ Rules:
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
 import click
@@ -18,6 +17,7 @@ from .demo import demo
 from .doctor import doctor
 from .groups import groups
 from .listen import listen
+from .options import without_secrets
 from .send import group_send, send
 from .stats import stats
 
@@ -31,7 +31,7 @@ class _InOrder(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             text = error.format_message()
-            if (censored := re.sub(r"//\S+@", "//***@", text)) != text:
+            if (censored := without_secrets(text)) != text:
                 raise click.UsageError(censored, error.ctx) from None
             raise
 
@@ -45,7 +45,7 @@ class _InOrder(click.Group):
 def cli() -> None:
     """Channel layers for asyncio, uvloop and trio: look into one, send to it, measure it.
 
-    A layer is named by its URL, in --layer or the environment variable ANYIO_CHANNELS_URL:
+    A layer is named by its URL, as an argument, in --layer or in the environment variable ANYIO_CHANNELS_URL:
 
     \b
       redis://localhost:6379/0          the queue layer (also rediss://, unix://)

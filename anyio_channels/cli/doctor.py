@@ -25,7 +25,7 @@ _STYLES: Final = {"ok": "green", "warning": "yellow", "wrong": "bold red", "unkn
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print each check as one line of JSON.")
-@layer_options(argument=True)
+@layer_options()
 def doctor(choice: Choice, *, as_json: bool) -> None:
     """Check a Redis, and say what to do.
 

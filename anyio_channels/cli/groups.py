@@ -20,9 +20,8 @@ __all__ = ["groups"]
 
 
 @click.command()
-@click.argument("group", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print each group, or each member, as one line of JSON.")
-@layer_options()
+@layer_options("[GROUP]")
 def groups(choice: Choice, group: str | None, *, as_json: bool) -> None:
     """List groups, or the members of GROUP.
 
@@ -39,7 +38,7 @@ def groups(choice: Choice, group: str | None, *, as_json: bool) -> None:
 
     \b
     Examples:
-      anyio-channels groups
+      anyio-channels groups redis://localhost:6379/0
       anyio-channels groups room --json | jq -r .channel
 
     Exit codes: 0 listed (an empty list too), 1 Redis could not be asked, 2 called wrongly.

@@ -31,7 +31,6 @@ _INBOX: Final = 10_000
 
 
 @click.command()
-@click.argument("channel", required=False)
 @click.option("-g", "--group", "groups", multiple=True, metavar="GROUP", help="Listen to this group; may be repeated.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Stop after so many messages.")
 @click.option(
@@ -41,7 +40,7 @@ _INBOX: Final = 10_000
     help="Stop when no message came for so long.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each message as one line of JSON.")
-@layer_options()
+@layer_options("[CHANNEL]")
 def listen(
     choice: Choice,
     channel: str | None,
@@ -66,7 +65,7 @@ def listen(
 
     \b
     Examples:
-      anyio-channels listen --group room --group news
+      anyio-channels listen redis://localhost:6379/0 --group room --group news
       anyio-channels listen jobs --count 1 --timeout 5 --json
       anyio-channels listen -g room --json | jq .text
 

@@ -28,11 +28,13 @@ __all__ = [
     "Choice",
     "backend_option",
     "censored",
+    "filled",
     "keeps_messages",
     "layer_options",
     "require_backend",
     "shown",
     "url_option",
+    "without_secrets",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -40,6 +42,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 URL_VARIABLE: Final = "ANYIO_CHANNELS_URL"
 _KEY_VARIABLE: Final = "ANYIO_CHANNELS_KEY"
 _OWN: Final = frozenset({"capacity", "expiry", "group_expiry", "prefix"})
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_FORM: Final = "//[user[:password]@]"
+"""Part of how errors describe a URL: nobody's password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +114,18 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+def filled(ctx: click.Context, param: click.Parameter, value: Any) -> Any:  # noqa: ARG001 - a callback of click
+    """Return the value of an option, or refuse one that is empty, as ``"$UNSET"`` is in a script."""
+    if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else (value,))):
+        raise click.BadParameter("it is empty; is a variable of the shell not set?")
+    return value
+
+
 def url_option(**options: Any) -> Callable[[Command], Command]:
-    """Take ``--layer URL``, also from the environment."""
-    return click.option("--layer", "url", envvar=URL_VARIABLE, show_envvar=True, metavar="URL", **options)
+    """Take ``--layer URL``, also from the environment, where an empty one counts as none."""
+    return click.option(
+        "--layer", "url", envvar=URL_VARIABLE, show_envvar=True, metavar="URL", callback=filled, **options
+    )
 
 
 def backend_option(command: Command) -> Command:
@@ -122,31 +136,53 @@ def backend_option(command: Command) -> Command:
 
 
 def layer_options(
-    *, argument: bool = False, default: str | None = None
+    arguments: str = "", *, default: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Take all that says which layer, and hand it to the command as ``choice``.
 
-    ``argument``: the URL is an argument instead of an option. ``default``: the URL, if there need be none.
+    The URL may be an argument, beside ``arguments``: those of the command, as its usage names them ("CHANNEL [WHAT]"), which
+    are handed to it in small letters. ``default``: the URL, if there need be none.
     """
-    blame = "URL" if argument else "--layer"
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def wrapped(
-            url: str | None, prefix: str | None, key: tuple[str, ...], key_file: Path | None, backend: str, **rest: Any
+            words: tuple[str, ...],
+            url: str | None,
+            prefix: str | None,
+            key: tuple[str, ...],
+            key_file: Path | None,
+            backend: str,
+            **rest: Any,
         ) -> Any:
+            named, given = _sort(words, arguments.split())
+            if given is not None:
+                source = click.get_current_context().get_parameter_source("url")
+                if source is click.core.ParameterSource.COMMANDLINE:
+                    raise click.UsageError("the layer is given twice: as the argument URL, and by --layer")
+                url = given
             url = url or default
             if url is None:
-                what = "the argument URL" if argument else "the option --layer URL"
-                raise click.UsageError(f"no layer is given: add {what}, or set the environment variable {URL_VARIABLE}")
-            return command(choice=Choice(url, prefix, _keys(key, key_file), backend, blame), **rest)
+                raise click.UsageError(
+                    f"no layer is given: add its URL, as redis://localhost:6379/0, or set the environment variable "
+                    f"{URL_VARIABLE}"
+                )
+            blame = "--layer" if given is None else "URL"
+            return command(choice=Choice(url, prefix, _keys(key, key_file), backend, blame), **named, **rest)
 
         options: list[Callable[[Any], Any]] = [
-            click.option("--prefix", help="The prefix of the layer, if it is not 'asgi' and not in the URL."),
+            click.argument("words", nargs=-1, metavar=f"[URL] {arguments}".strip()),
+            url_option(
+                help="The layer, as redis://localhost:6379/0 or redis+pubsub://localhost:6379/0; the argument URL says it too."
+            ),
+            click.option(
+                "--prefix", callback=filled, help="The prefix of the layer, if it is not 'asgi' and not in the URL."
+            ),
             click.option(
                 "--key",
                 multiple=True,
                 metavar="SECRET",
+                callback=filled,
                 help="A symmetric encryption key of the layer; the first encrypts, all decrypt. Others see it in the list of "
                 f"processes: the environment variable {_KEY_VARIABLE} and --key-file hide it.",
             ),
@@ -157,17 +193,31 @@ def layer_options(
             ),
             backend_option,
         ]
-        if argument:
-            options.insert(0, click.argument("url", required=False, envvar=URL_VARIABLE, metavar="[URL]"))
-        else:
-            options.insert(
-                0, url_option(help="The layer, as redis://localhost:6379/0 or redis+pubsub://localhost:6379/0.")
-            )
         for option in reversed(options):
             wrapped = option(wrapped)
         return wrapped
 
     return decorate
+
+
+def _sort(words: tuple[str, ...], names: list[str]) -> tuple[dict[str, str | None], str | None]:
+    """Return the arguments by name, and the URL if one of ``words`` is it.
+
+    It may stand anywhere: no channel or group has a colon in its name, and no message begins as a URL does.
+    """
+    rest = list(words)
+    place = next((number for number, word in enumerate(rest) if not names or _URL.match(word)), None)
+    url = None if place is None else rest.pop(place)
+    if url is not None and not url.strip():
+        raise click.BadParameter("it is empty; is a variable of the shell not set?", param_hint="URL")
+    if extra := rest[len(names) :]:
+        raise click.UsageError(f"Got unexpected extra argument{'s' * (len(extra) > 1)} ({' '.join(extra)})")
+    named: dict[str, str | None] = {name.strip("[]").lower(): None for name in names}
+    named.update(zip(named, rest, strict=False))
+    for name in names[len(rest) :]:
+        if not name.startswith("["):
+            raise click.MissingParameter(param_hint=f"'{name}'", param_type="argument")
+    return named, url
 
 
 def _keys(given: tuple[str, ...], path: Path | None) -> tuple[str, ...]:
@@ -206,4 +256,9 @@ def shown(url: str) -> str:
 def censored(error: object, url: str) -> str:
     """Return the text of ``error`` without the user and password in ``url``, which may be no valid URL."""
     found = re.search(r"//([^/?#]+)@", url)
-    return str(error) if found is None else str(error).replace(found[1], "***")
+    return str(error) if found is None else without_secrets(str(error), re.escape(found[1]))
+
+
+def without_secrets(text: str, pattern: str = r"(?<=//).+(?=@)") -> str:
+    """Return ``text`` without what ``pattern`` finds: else what is between the // and the @ of a URL, whichever it is."""
+    return _FORM.join(re.sub(pattern, "***", part, flags=re.DOTALL) for part in text.split(_FORM))

@@ -18,7 +18,7 @@ from anyio_channels.contract.layer import BaseChannelLayer, Message
 from anyio_channels.exceptions import ChannelFull, MessageTooLarge
 
 from .options import Choice, keeps_messages, layer_options
-from .output import from_json, note, read_chunk, to_json, write
+from .output import from_json, note, printable, read_chunk, to_json, write
 from .running import TROUBLES, opened, run
 
 __all__ = ["group_send", "send"]
@@ -27,11 +27,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print what was 
 
 
 @click.command()
-@click.argument("channel")
-@click.argument("message")
 @click.option("--wait", is_flag=True, help="Wait for room in a full channel (queue layer) instead of failing.")
 @_as_json
-@layer_options()
+@layer_options("CHANNEL MESSAGE")
 def send(choice: Choice, channel: str, message: str, *, wait: bool, as_json: bool) -> None:
     """Send MESSAGE to CHANNEL.
 
@@ -43,7 +41,7 @@ def send(choice: Choice, channel: str, message: str, *, wait: bool, as_json: boo
 
     \b
     Examples:
-      anyio-channels send jobs '{"type": "resize", "id": 7}'
+      anyio-channels send redis://localhost jobs '{"type": "resize", "id": 7}'
       cat jobs.jsonl | anyio-channels send jobs - --wait
       anyio-channels send "specific.0a1b!2c3d" '{"type": "chat.message"}'
 
@@ -54,20 +52,15 @@ def send(choice: Choice, channel: str, message: str, *, wait: bool, as_json: boo
     first = None if message == "-" else _parse(message, "MESSAGE")
 
     async def send_one(one: Message) -> None:
-        try:
-            await layer.send(channel, one, wait=wait)
-        except ChannelFull as error:
-            raise click.ClickException(f"{error}; --wait waits for room") from error
+        await layer.send(channel, one, wait=wait)
 
     run(choice, partial(_send, choice, layer, "channel", channel, first, send_one, as_json))
 
 
 @click.command("group-send")
-@click.argument("group")
-@click.argument("message")
 @click.option("--exclude", multiple=True, metavar="CHANNEL", help="A member that is not to get it; may be repeated.")
 @_as_json
-@layer_options()
+@layer_options("GROUP MESSAGE")
 def group_send(choice: Choice, group: str, message: str, exclude: tuple[str, ...], *, as_json: bool) -> None:
     """Send MESSAGE to every member of GROUP.
 
@@ -121,7 +114,7 @@ async def _send(
     as_json: bool,  # noqa: FBT001
 ) -> int:
     sent = 0
-    under_way = ""
+    where = under_way = ""
     async with opened(layer, choice):
         if first is not None:
             await _send_checked(send_one, first, "MESSAGE")
@@ -139,10 +132,15 @@ async def _send(
             except get_cancelled_exc_class():
                 note(f"{_counted(sent, 'message')} sent before that{under_way}")
                 raise
-            except Exception as error:
-                if isinstance(error, (click.ClickException, *TROUBLES)):
-                    note(f"{_counted(sent, 'message')} sent before that")
+            except click.ClickException:
+                note(f"{_counted(sent, 'message')} sent before that")
                 raise
+            except TROUBLES as error:
+                may = under_way if getattr(error, "may_have_run", False) else ""
+                note(f"{_counted(sent, 'message')} sent before that{may}")
+                raise click.ClickException(
+                    printable(f"{where}: {choice.censor(error)}" if under_way else choice.censor(error))
+                ) from error
         done = _account(layer, kind, name, sent)
     await write(to_json(done) if as_json else _sentence(done, f"{kind} {name}"))
     return 0
@@ -153,6 +151,9 @@ async def _send_checked(send_one: Callable[[Message], Awaitable[None]], message:
         await send_one(message)
     except (TypeError, MessageTooLarge) as error:
         raise click.BadParameter(str(error), param_hint=where) from error
+    except ChannelFull as error:
+        line = "" if where == "MESSAGE" else f"{where}: "
+        raise click.ClickException(f"{line}{error}; --wait waits for room") from error
 
 
 async def _lines() -> AsyncGenerator[tuple[int, str]]:

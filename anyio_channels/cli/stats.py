@@ -85,7 +85,7 @@ def stats(choice: Choice, interval: float, top: int, *, once: bool, as_json: boo
 
     \b
     Examples:
-      anyio-channels stats
+      anyio-channels stats redis://localhost:6379/0
       anyio-channels stats --once --json | jq .depth
 
     Exit codes: 0 printed, or stopped by Ctrl-C; 1 Redis could not be asked; 2 called wrongly.
