@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import environment, refused, run
-from redis_server import RedisServer, free_port
+from command_line import Running, environment, refused, run
+from redis_server import RedisServer, free_port, wait_until
 
 from anyio_channels import __version__
 
@@ -159,6 +164,83 @@ def test_address_that_cannot_be_had(host: str, shown: str) -> None:
     assert f"cannot listen on {shown}: " in result.stderr
     assert "--host" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_address_that_cannot_be_written(backend: str) -> None:
+    """Where the output is full the demo ends with one line; where nobody reads it, with none."""
+    with Path("/dev/full").open("w") as full:
+        options: dict[str, Any] = {"capture_output": False, "stderr": subprocess.PIPE}
+        result = run("demo", "--port", "0", "--backend", backend, stdout=full, **options)
+        assert (result.returncode, result.stderr) == (1, "Error: cannot write the output: No space left on device\n")
+        reading, writing = os.pipe()
+        os.close(reading)
+        result = run("demo", "--port", "0", "--backend", backend, stdout=writing, **options)
+        os.close(writing)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_address_that_nobody_takes(backend: str) -> None:
+    """While the reader of its output stands still the demo serves, and Ctrl-C ends it."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 65536)
+    os.set_blocking(writing, True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Running("demo", "--port", str(port), "--backend", backend, stdout=writing) as script:
+        wait_until(partial(answers, port))
+        assert script.end()[::2] == (0, "")
+    os.close(reading)
+    os.close(writing)
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "trouble"),
+    [
+        (["--host", ""], "it is empty; is a variable of the shell not set?"),
+        (["--host", " "], "it is empty"),
+        (["--allow-host", ""], "it is empty"),
+        (
+            ["--allow-host", "http://chat.example"],
+            "'http://chat.example' must be a host name or an IP address, without",
+        ),
+        (["--allow-host", "chat.example:80"], "without scheme and port"),
+        (["--allow-host", "ch\u00e4t.example"], "is not a host name: it has ASCII letters"),
+        (["--allow-host", "[::1"], "must be a host name or an IP address"),
+    ],
+)
+def test_a_host_that_is_none(options: list[str], trouble: str) -> None:
+    """A host that is empty, which would be every address, or is no name, is a wrong call."""
+    result = refused("demo", "--port", "0", *options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert options[0] in result.stderr
+    assert trouble in " ".join(result.stderr.split())
+
+
+def test_completion(tmp_path: Path) -> None:
+    """A shell completes the commands and their options, as the page says."""
+    script = run(env=environment(_ANYIO_CHANNELS_COMPLETE="bash_source"))
+    assert script.returncode == 0
+    assert "complete -o nosort -F _anyio_channels_completion anyio-channels" in script.stdout
+    for words, found in (
+        ("anyio-channels gr", {"groups", "group-send"}),
+        ("anyio-channels bench --sec", {"--seconds"}),
+    ):
+        number = str(len(words.split()) - 1)
+        env = environment(_ANYIO_CHANNELS_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=number)
+        assert {line.partition(",")[2] for line in run(env=env).stdout.splitlines()} == found
 
 
 @pytest.mark.parametrize("module", ["click", "rich", "starlette", "anycorn"])

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlencode
 
 import pytest
@@ -27,11 +27,15 @@ from anyio import Event, create_task_group, fail_after, run
 from layers_on_redis import new_prefix
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from redis_server import RedisServer
+from starlette.testclient import TestClient
 from websockets.asyncio.client import ClientConnection as AsyncConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
+
+from anyio_channels import InMemoryChannelLayer
+from anyio_channels.demo.app import create_app
 
 PATIENCE = 60.0
 expect.set_options(timeout=1000 * PATIENCE)
@@ -274,6 +278,129 @@ def test_bad_room_or_name(shared_demo: Demo, query: dict[str, str], trouble: str
     assert trouble in caught.value.rcvd.reason
 
 
+def answer_to(demo: Demo, path: str, *hosts: str, upgrade: bool = False) -> str:
+    """Return the head and the beginning of the body of the answer to a request with these Host fields."""
+    host, port = demo.host.split(":")
+    fields = [f"Host: {name}" for name in hosts] + ["Connection: close"] * (not upgrade)
+    if upgrade:
+        fields += ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+        fields += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+    with socket.create_connection((host, int(port)), PATIENCE) as raw:
+        raw.sendall("\r\n".join([f"GET {path} HTTP/1.1", *fields, "", ""]).encode())
+        answer = b""
+        while (chunk := raw.recv(65536)) and not (upgrade and b"welcome" in answer + chunk):
+            answer += chunk
+    return (answer + chunk).decode(errors="replace")
+
+
+VISIT = "/ws?room=lobby&name=eve"
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "LOCALHOST:1", "localhost.:80", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000"]
+)
+def test_names_of_this_machine(shared_demo: Demo, name: str) -> None:
+    """The page and the chat answer to the names of the loopback address."""
+    assert answer_to(shared_demo, "/", name).startswith("HTTP/1.1 200 ")
+    assert answer_to(shared_demo, VISIT, name, upgrade=True).startswith("HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:80",
+            "192.0.2.1",
+            "127.0.0.2",
+            "[2001:db8::1]",
+        ),
+        *(
+            "",
+            "0.0.0.0",
+            "x@localhost",
+            "localhost:evil",
+            "[::1",
+            "local host",
+            "localhost, evil.example",
+            "l\u00f6calhost",
+        ),
+    ],
+)
+def test_names_that_lead_here(shared_demo: Demo, name: str) -> None:
+    """With another Host nothing is served, whatever leads here (DNS rebinding): neither the page nor the chat."""
+    for answer in (answer_to(shared_demo, "/", name), answer_to(shared_demo, VISIT, name, upgrade=True)):
+        assert answer.startswith("HTTP/1.1 400 ")
+        assert "welcome" not in answer
+
+
+def test_who_is_refused_is_told_what_to_do(shared_demo: Demo) -> None:
+    """The answer names the host and the option."""
+    for upgrade in (False, True):
+        answer = answer_to(shared_demo, VISIT, "evil.example", upgrade=upgrade)
+        assert "This chat does not answer to the host 'evil.example'." in answer
+        assert "--allow-host" in answer
+    for hosts in ([], ["localhost", "evil.example"]):
+        assert answer_to(shared_demo, "/", *hosts).startswith("HTTP/1.1 400 ")
+
+
+def test_other_names_are_allowed() -> None:
+    """--allow-host, and the address that it listens on, are names too."""
+    options = ["--host", "127.0.0.2", "--allow-host", "Chat.Example", "--allow-host", "[2001:DB8::1]"]
+    with Demo(*options) as demo:
+        for name in ("chat.example:80", "CHAT.example", "[2001:db8::1]", "127.0.0.2", "localhost"):
+            assert answer_to(demo, "/", name).startswith("HTTP/1.1 200 ")
+        for name in ("evil.example", "x.chat.example", "192.0.2.1"):
+            assert answer_to(demo, "/", name).startswith("HTTP/1.1 400 ")
+        demo.stop(signal.SIGINT)
+    with Demo("--host", "localhost") as demo:
+        assert answer_to(demo, "/", "localhost").startswith("HTTP/1.1 200 ")
+        demo.stop(signal.SIGINT)
+
+
+def test_an_address_beyond_loopback() -> None:
+    """Where it listens beyond loopback, it answers to any IP address, which leads nowhere else, and to no other name."""
+    with TestClient(create_app(InMemoryChannelLayer(), "0.0.0.0", ["chat.example"])) as client:
+        for name, code in {"192.0.2.1": 200, "[2001:db8::1]:80": 200, "chat.example": 200, "evil.example": 400}.items():
+            assert client.get("/", headers={"host": name}).status_code == code
+
+
+def test_no_page_has_the_chat_in_a_frame(shared_demo: Demo) -> None:
+    """Every answer forbids frames and guessing its type."""
+    for path, host in (("/", "localhost"), ("/chat.js", "localhost"), ("/nosuch", "localhost"), ("/", "evil.example")):
+        head = answer_to(shared_demo, path, host).partition("\r\n\r\n")[0]
+        assert re.search(r"(?i)\r\ncontent-security-policy: default-src 'self'; .*; frame-ancestors 'none'(\r|$)", head)
+        assert re.search(r"(?i)\r\nx-content-type-options: nosniff(\r|$)", head)
+
+
+@pytest.mark.browser
+def test_a_page_that_frames_the_chat(shared_demo: Demo, open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.set_content(f'<iframe src="{shared_demo.address}"></iframe>')
+    expect(page.frame_locator("iframe").get_by_role("status")).to_have_count(0)
+    page.wait_for_function("frames[0].length === 0")
+    assert page.frames[1].url.startswith("chrome-error:")
+
+
+@pytest.mark.browser
+def test_a_page_under_another_name(shared_demo: Demo, launch: Callable[..., Browser]) -> None:
+    """In a browser for which another name leads to this machine, there is no chat under it (DNS rebinding)."""
+    port = shared_demo.host.rpartition(":")[2]
+    with launch("--host-resolver-rules=MAP rebind.example 127.0.0.1") as browser:
+        page = browser.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        answer = page.goto(f"http://rebind.example:{port}/")
+        assert answer is not None
+        assert answer.status == 400
+        expect(page.locator("body")).to_contain_text(f"does not answer to the host 'rebind.example:{port}'")
+        end = page.evaluate(
+            "url => new Promise(done => new WebSocket(url).onclose = event => done([event.code, event.reason]))",
+            f"ws://rebind.example:{port}{VISIT}",
+        )
+        assert end == [1006, ""]  # it was not opened
+
+
 def test_pages_of_others_are_refused(shared_demo: Demo) -> None:
     with (
         connect(shared_demo.url(), origin=Origin("http://evil.example")) as refused,
@@ -468,15 +595,20 @@ def test_the_chat_survives_redis(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def launch() -> Iterator[Callable[..., Browser]]:
+    """Start a headless Chromium with more options; it ends with the module at the latest."""
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed (looked for chromium, chromium-browser and google-chrome)")
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield lambda *options: playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet, *options])
+
+
+@pytest.fixture(scope="module")
+def browser(launch: Callable[..., Browser]) -> Iterator[Browser]:
+    with launch() as browser:
         yield browser
-        browser.close()
 
 
 class Tab:
@@ -503,6 +635,20 @@ class Tab:
         box.fill(text)
         box.press("Enter")
 
+    def say_too_much(self) -> None:
+        """Say what the server refuses; the page itself would not let anybody type so much."""
+        self.page.locator("#text").evaluate("box => box.removeAttribute('maxlength')")
+        self.fill("Message", "x" * (MAX_TEXT + 1))
+        self.await_notice("not 2001")
+
+    def await_notice(self, text: str) -> None:
+        """Wait for a notice with ``text`` in it, or for none."""
+        notice = expect(self.page.get_by_role("alert"))
+        notice.to_contain_text(text) if text else notice.to_be_empty()
+
+    def await_typed(self, text: str) -> None:
+        expect(self.page.get_by_role("textbox", name="Message", exact=True)).to_have_value(text)
+
     def await_here(self, *names: str) -> None:
         expect(self.page.locator("#here li")).to_have_text(list(names))
 
@@ -510,6 +656,21 @@ class Tab:
         said = self.page.locator("#log .said .text")
         expect(said).to_have_count(len(texts))
         expect(said).to_have_text(list(texts))
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[[], Page]]:
+    """Open pages without a chat, each with a storage of its own."""
+    pages: list[Page] = []
+
+    def open_page() -> Page:
+        pages.append(browser.new_page())
+        pages[-1].set_default_timeout(1000 * PATIENCE)
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
 
 
 @pytest.fixture
@@ -581,15 +742,238 @@ def test_rooms_are_separate(shared_demo: Demo, open_tab: Callable[..., Tab]) -> 
     for tab in (ann, bob):
         tab.await_here("ann", "bob")
 
-    bob.fill("Another room", "no such room!")
-    bob.await_status("Not connected")
-    expect(bob.page.get_by_role("alert")).to_contain_text("A room name is")
-    ann.await_here("ann")
+
+@pytest.mark.browser
+def test_a_wrong_room_or_name_changes_nothing(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    """What the server would not have is said, kept where it was typed, and leaves the visitor where he is."""
+    bob = open_tab(shared_demo, "bob", "yard")
+    bob.fill("Message", "still here")
+    for label, wrong, trouble in (
+        ("Another room", "no such room!", "A room name is"),
+        ("Your name", "a\u202eb", "Your name must have"),
+    ):
+        bob.fill(label, wrong)
+        bob.await_notice(trouble)
+        expect(bob.page.get_by_role("textbox", name=label, exact=True)).to_have_value(wrong)
+    bob.page.evaluate("location.hash = 'no%20such%20room!'")
+    expect(bob.page).to_have_url(f"{shared_demo.address}/#yard")
+    bob.await_notice("A room name is")
+    bob.await_status("Connected to yard")
+    bob.await_here("bob")
+    bob.await_said("still here")
+    bob.fill("Your name", "bobby")
+    bob.await_here("bobby")
+    bob.await_notice("")
+    bob.fill("Another room", "garden.3")
+    bob.await_status("Connected to garden.3")
+    expect(bob.page.get_by_role("textbox", name="Another room", exact=True)).to_be_empty()
     bob.page.go_back()
-    bob.await_status("Connected to lobby")
-    expect(bob.page.get_by_role("alert")).to_be_empty()
-    bob.fill("Your name", "n" * 31)
-    expect(bob.page.get_by_role("alert")).to_contain_text("Your name must have")
+    bob.await_status("Connected to yard")
+    bob.await_here("bobby")
+
+
+@pytest.mark.browser
+def test_a_visit_that_is_refused_at_first(shared_demo: Demo, open_page: Callable[..., Page]) -> None:
+    """Who comes with a room that cannot be is told, and gets in with another."""
+    page = open_page()
+    page.goto(f"{shared_demo.address}/#no such room!")
+    expect(page.get_by_role("status")).to_have_text("Not connected")
+    expect(page.get_by_role("alert")).to_contain_text("A room name is")
+    page.get_by_role("link", name="lobby").click()
+    expect(page.get_by_role("status")).to_contain_text("Connected to lobby")
+    expect(page.get_by_role("alert")).to_be_empty()
+
+
+@pytest.mark.browser
+def test_the_fields_take_what_the_server_takes(shared_demo: Demo, open_page: Callable[..., Page]) -> None:
+    """The longest room, name and message that fit into the fields are accepted, and none longer."""
+    page = open_page()
+    page.goto(shared_demo.address)
+    boxes = [page.get_by_role("textbox", name=label, exact=True) for label in ("Another room", "Your name", "Message")]
+    room, name, text = ("x" * int(box.get_attribute("maxlength") or 0) for box in boxes)
+    with shared_demo.visit(name, room) as visitor:
+        for kind, request in (
+            ("visit", {"type": "visit", "room": room, "name": name}),
+            ("sent", {"type": "say", "text": text}),
+            ("error", {"type": "visit", "room": f"{room}x", "name": name}),
+            ("error", {"type": "visit", "room": room, "name": f"{name}x"}),
+            ("error", {"type": "say", "text": f"{text}x"}),
+        ):
+            visitor.socket.send(json.dumps({**request, "ref": 1}))
+            visitor.await_message(kind, ref=1)
+
+
+@pytest.mark.browser
+def test_the_newest_line_is_in_view(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    """It stays there when the log shrinks, and comes into view for who wrote it, but not for who reads further up."""
+    ann = open_tab(shared_demo, "ann", "scroll")
+    last, first = ann.page.locator("#log li").last, ann.page.locator("#log li").first
+    for number in range(40):
+        ann.fill("Message", f"line {number}")
+    ann.await_said(*(f"line {number}" for number in range(40)))
+    expect(last).to_be_in_viewport(ratio=0.99)
+    ann.say_too_much()
+    expect(last).to_be_in_viewport(ratio=0.99)
+    ann.page.set_viewport_size({"width": 390, "height": 400})  # a phone, its keyboard open
+    expect(last).to_be_in_viewport(ratio=0.99)
+    ann.page.evaluate("log.scrollTop = 0")
+    expect(first).to_be_in_viewport(ratio=0.99)
+    with shared_demo.visit("bob", "scroll") as bob:
+        bob.say("from bob")
+        expect(ann.page.locator("#log .text").last).to_have_text("from bob")
+        expect(first).to_be_in_viewport(ratio=0.99)
+        ann.fill("Message", "from ann")
+        expect(ann.page.locator("#log .text").last).to_have_text("from ann")
+        expect(ann.page.locator("#log .text").last).to_be_in_viewport(ratio=0.99)
+
+
+@pytest.mark.browser
+def test_what_the_server_refuses_comes_back(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    ann = open_tab(shared_demo, "ann", "refusals")
+    ann.say_too_much()
+    ann.await_typed("x" * (MAX_TEXT + 1))
+    ann.fill("Message", "shorter")
+    ann.await_said("shorter")
+    ann.await_notice("")
+    ann.await_typed("")
+
+
+@pytest.mark.browser
+def test_what_is_not_confirmed_comes_back(open_tab: Callable[..., Tab]) -> None:
+    """A message that was under way when the server went is in the field again, or in the log if something else is there."""
+    with Demo() as demo:
+        ann, bob = open_tab(demo, "ann"), open_tab(demo, "bob")
+        ann.await_here("ann", "bob")
+        demo.process.send_signal(signal.SIGSTOP)
+        for tab in (ann, bob):
+            tab.fill("Message", "into the void")
+        bob.page.get_by_label("Message", exact=True).fill("something else")
+        demo.process.kill()
+        for tab in (ann, bob):
+            tab.await_status("Disconnected")
+            tab.await_notice("say that again if it does not show")
+        ann.await_typed("into the void")
+        bob.await_typed("something else")
+        expect(bob.page.locator("#log .event").last).to_have_text("Not sent: into the void")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["redis", "redis+pubsub"])
+def test_the_page_while_redis_is_away(scheme: str, open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    """What could not be sent comes back; who comes is told why he must wait; when Redis is back, the notice goes."""
+    with RedisServer(tmp_path) as server:
+        url = f"{scheme}://{server.host}:{server.port}/0?timeout=1&connect_timeout=1"
+        with Demo("--layer", url) as demo:
+            ann, bob = open_tab(demo, "ann"), open_tab(demo, "bob")
+            ann.await_here("ann", "bob")
+            server.kill()
+            ann.fill("Message", "into the void")
+            ann.await_notice("cannot reach its server now")
+            ann.await_typed("into the void")
+            ann.await_status("Connected to lobby")
+            bob.page.reload()
+            bob.await_notice("cannot reach its server now")
+            server.start()
+            for tab in (ann, bob):
+                tab.await_notice("")
+                tab.await_here("ann", "bob")
+            ann.page.get_by_label("Message", exact=True).press("Enter")
+            bob.await_said("into the void")
+            demo.process.send_signal(signal.SIGTERM)
+            assert demo.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.browser
+def test_a_server_that_is_slow_to_let_somebody_in(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    """Who waits to be let in is told that it is the chat which is slow."""
+    with RedisServer(tmp_path) as server, Demo("--layer", f"{server.url}?timeout={PATIENCE}") as demo:
+        server.pause()
+        page = open_page()
+        page.goto(demo.address)
+        expect(page.get_by_role("status")).to_have_text("Connecting… the chat is slow to answer")
+        server.resume()
+        expect(page.get_by_role("status")).to_have_text("Connected to lobby")
+        demo.stop(signal.SIGTERM)
+
+
+@pytest.mark.browser
+def test_an_empty_room_offers_a_second_tab(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    ann = open_tab(shared_demo, "ann", "empty")
+    expect(ann.page.get_by_text("Nobody else is here yet")).to_be_visible()
+    with ann.page.expect_popup() as popup:
+        ann.page.get_by_role("link", name="open a second tab").click()
+    second = popup.value
+    expect(second.get_by_role("status")).to_have_text("Connected to empty")
+    for page in (ann.page, second):
+        expect(page.locator("#here li")).to_have_count(2)
+        expect(page.get_by_text("Nobody else is here yet")).to_be_hidden()
+    second.close()
+    expect(ann.page.get_by_text("Nobody else is here yet")).to_be_visible()
+
+
+@pytest.mark.browser
+def test_statistics_are_folded_away_on_a_phone(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None:
+    ann = open_tab(shared_demo, "ann", "fold")
+    figures = ann.page.locator("#statistics")
+    expect(figures).to_be_visible()
+    ann.page.set_viewport_size({"width": 390, "height": 700})
+    expect(figures).to_be_hidden()
+    ann.page.get_by_text("Layer statistics").click()
+    expect(figures).to_be_visible()
+
+
+CONTRASTS = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => {
+    const [red, green, blue] = channels(colour).map((value) => {
+      value /= 255;
+      return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const behind = (element) => {
+    const colour = getComputedStyle(element).backgroundColor;
+    return channels(colour)[3] === 0 ? behind(element.parentElement) : colour;
+  };
+  return [...document.body.querySelectorAll("*")]
+    .filter((element) => element.checkVisibility())
+    .filter((element) => [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()))
+    .map((element) => {
+      const pair = [luminance(getComputedStyle(element).color), luminance(behind(element))];
+      return [element.className + " " + element.textContent, (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05)];
+    });
+}"""
+"""The contrast of each text with what is behind it (WCAG 2.2, 1.4.3)."""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read(
+    scheme: Literal["light", "dark"], shared_demo: Demo, open_tab: Callable[..., Tab]
+) -> None:
+    """Each text has the contrast that WCAG asks for at level AA, 4.5, in light and in the dark."""
+    ann = open_tab(shared_demo, "ann", f"colours-{scheme}")
+    ann.page.emulate_media(color_scheme=scheme)
+    with shared_demo.visit("bob", f"colours-{scheme}") as bob:
+        bob.say("hello, ann")
+        ann.fill("Message", "hello, bob")
+        ann.await_said("hello, ann", "hello, bob")
+        ann.page.evaluate("receive({type: 'channel_layer.gap', missed: 3})")
+        ann.say_too_much()
+        found: list[tuple[str, float]] = ann.page.evaluate(CONTRASTS)
+    expect(ann.page.get_by_text("Nobody else is here yet")).to_be_visible()
+    found += ann.page.evaluate(CONTRASTS)
+    for text in (
+        "hello, bob",
+        "Layer statistics",
+        "Connected to",
+        "3 messages missed",
+        "Nobody else",
+        "not 2001",
+        "lobby",
+    ):
+        assert any(text in one for one, _ in found), text
+    assert [(one, contrast) for one, contrast in found if contrast < 4.5] == []
 
 
 @pytest.mark.browser
@@ -618,6 +1002,17 @@ def test_a_gap_is_shown(shared_demo: Demo, open_tab: Callable[..., Tab]) -> None
     for missed, shown in ((1, "1 message missed"), (1200, "1200 messages missed"), (None, "Some messages missed")):
         ann.page.evaluate("missed => receive({type: 'channel_layer.gap', missed})", missed)
         expect(ann.page.locator("#log .event").last).to_have_text(shown)
+    # Those of a slow reader, between single messages, become one.
+    ann.page.evaluate("log.replaceChildren()")
+    for missed, shown in (
+        (1, "1 message missed"),
+        (2, "3 messages missed"),
+        (None, "Some messages missed"),
+        (1, "Some messages missed"),
+    ):
+        ann.page.evaluate("missed => receive({type: 'channel_layer.gap', missed})", missed)
+        ann.page.evaluate("receive({type: 'said', id: 'bob', name: 'bob', text: 'hello', at: 0})")
+        expect(ann.page.locator("#log .missed")).to_have_text([shown])
     with shared_demo.visit("bob"):
         ann.await_here("ann", "bob")
         ann.page.evaluate("receive({type: 'roll_call'})")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -44,14 +44,20 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
-async def serve_chat(layer: BaseChannelLayer, listener: socket.socket, announce: Callable[[str], None]) -> None:
+async def serve_chat(
+    layer: BaseChannelLayer,
+    listener: socket.socket,
+    announce: Callable[[str], Awaitable[None]],
+    hosts: Collection[str] = (),
+) -> None:
     """Open ``layer`` and serve the chat over it at ``listener``, which it closes, until SIGINT or SIGTERM.
 
-    ``announce`` is called with the address of the page as soon as it can be visited. Raises ``LayerRefusedError``.
+    ``announce`` is called with the address of the page as soon as it can be visited; what it raises ends the serving, and
+    is raised. ``hosts``: names by which the chat may be visited, beside those of the address. Raises ``LayerRefusedError``.
     """
     opened = Event()
     stopping = Event()
-    refusal: Exception | None = None
+    trouble: Exception | None = None
     async with create_task_group() as watching:
         watch = partial(_watch_signals, opened, stopping, watching.cancel_scope.cancel, listener.getsockname()[1])
         await watching.start(watch)
@@ -59,13 +65,14 @@ async def serve_chat(layer: BaseChannelLayer, listener: socket.socket, announce:
             try:
                 await _open_quietly(layer, stack)
             except Exception as error:  # noqa: BLE001 - whatever a layer raises
-                refusal = error
+                trouble = LayerRefusedError()
+                trouble.__cause__ = error
             else:
                 opened.set()
-                await _serve(layer, listener, announce, stopping)
+                trouble = await _serve(layer, listener, announce, stopping, hosts)
         watching.cancel_scope.cancel()
-    if refusal is not None:
-        raise LayerRefusedError from refusal
+    if trouble is not None:
+        raise trouble
 
 
 async def _open_quietly(layer: BaseChannelLayer, stack: AsyncExitStack) -> None:
@@ -79,8 +86,16 @@ async def _open_quietly(layer: BaseChannelLayer, stack: AsyncExitStack) -> None:
 
 
 async def _serve(
-    layer: BaseChannelLayer, listener: socket.socket, announce: Callable[[str], None], stopping: Event
-) -> None:
+    layer: BaseChannelLayer,
+    listener: socket.socket,
+    announce: Callable[[str], Awaitable[None]],
+    stopping: Event,
+    hosts: Collection[str],
+) -> Exception | None:
+    """Serve until ``stopping`` is set; return what ``announce`` raised."""
+    trouble: Exception | None = None
+    # Starlette's types and anycorn's describe the same protocol in different words.
+    app: Any = create_app(layer, listener.getsockname()[0], hosts)
     config = Config()
     config.bind = f"fd://{listener.detach()}"
     config.backlog = _BACKLOG
@@ -88,10 +103,19 @@ async def _serve(
     config.graceful_timeout = _GRACE
     config.websocket_max_message_size = _MAX_FRAME
     config.websocket_permessage_deflate = False  # most connections are from this machine
-    app: Any = create_app(layer)  # Starlette's types and anycorn's describe the same protocol in different words
     async with create_task_group() as serving:
-        run = partial(serve, app, config, shutdown_trigger=stopping.wait)
-        announce((await serving.start(run))[0])
+
+        async def run(*, task_status: TaskStatus[Any]) -> None:
+            await serve(app, config, shutdown_trigger=stopping.wait, task_status=task_status)
+            serving.cancel_scope.cancel()  # the reader of the announcement may stand still
+
+        addresses = await serving.start(run)
+        try:
+            await announce(addresses[0])
+        except Exception as error:  # noqa: BLE001 - raised by serve_chat(), outside the task groups
+            trouble = error
+            stopping.set()
+    return trouble
 
 
 async def _watch_signals(
