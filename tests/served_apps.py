@@ -2,7 +2,8 @@
 
 - what an application does unseen, it tells through a pipe in the directory that ``$SERVED`` names.
 - an event stream goes on when somebody has acknowledged the last event, which may be through another process: another pipe.
-- run as a script, one is served by waitress: ``served_apps.py 'starlette_app("trio")' FD [URL_PREFIX]``.
+- run as a script, one is served by waitress: ``served_apps.py 'starlette_app("trio")' FD [URL_PREFIX]``; with ``wsgiref`` at
+  the end, by that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import anyio
 from starlette.applications import Starlette
@@ -115,6 +117,18 @@ def digest(read: Callable[[int], bytes], name: str) -> dict[str, Any]:
     return {"length": length, "sha256": digested.hexdigest()}
 
 
+EDGES: dict[str, tuple[int, list[tuple[str, str]]]] = {
+    "interim": (101, []),
+    "split": (200, [("X-A", "a\r\nSet-Cookie: evil=1\r\n\r\nevil")]),
+    "nul": (200, [("X-A", "a\0")]),
+    "nameless": (200, [("", "a")]),
+    "lengths": (200, [("Content-Length", "2"), ("Content-Length", "3")]),
+    "chunked": (200, [("Transfer-Encoding", "chunked"), ("X-A", "1")]),
+    "long": (200, [("Content-Length", "2")]),
+}
+"""The heads of responses that a server must not see, or not so. The body is ``b"hello"``."""
+
+
 class Fragile:
     """Raises where no framework catches it; everything else is ``app``'s, which is told the path as it came."""
 
@@ -125,6 +139,10 @@ class Fragile:
         path: str = environ["PATH_INFO"]
         if path.startswith("/outside/"):
             raise RuntimeError(f"broken {path.rpartition('/')[2]}")
+        if path.startswith("/edge/"):
+            status, headers = EDGES[path[6:]]
+            start_response(f"{status} Phrase", headers)
+            return iter([b"hello"])
         environ["served.bytes"] = path.encode("latin-1").hex()  # Django puts something else into PATH_INFO
         return self.app(environ, start_response)
 
@@ -396,6 +414,12 @@ class FragileAsync:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if "/outside/" in scope.get("path", ""):
             raise RuntimeError(f"broken {scope['path'].rpartition('/')[2]}")
+        if "/edge/" in scope.get("path", ""):
+            status, headers = EDGES[scope["path"].rpartition("/")[2]]
+            raw = [(name.encode(), value.encode()) for name, value in headers]
+            await send({"type": "http.response.start", "status": status, "headers": raw})
+            await send({"type": "http.response.body", "body": b"hello"})
+            return
         await self.app(scope, receive, send)
 
 
@@ -432,13 +456,26 @@ def fastapi_app(backend: str) -> AsgiToWsgi:
     return AsgiToWsgi(FragileAsync(app), backend)
 
 
-def serve(name: str, descriptor: str, url_prefix: str = "") -> None:
-    """Serve with waitress until SIGTERM, which waitress leaves to whoever calls it."""
+def serve(name: str, descriptor: str, url_prefix: str = "", server: str = "waitress") -> None:
+    """Serve until SIGTERM, which both servers leave to whoever calls them."""
     import waitress
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with eval(name) as application, socket.socket(fileno=int(descriptor)) as listener:
-        waitress.serve(application, sockets=[listener], threads=8, url_prefix=url_prefix)
+        if server == "waitress":
+            waitress.serve(application, sockets=[listener], threads=8, url_prefix=url_prefix)
+        else:
+            serve_simply(application, listener)
+
+
+def serve_simply(application: AsgiToWsgi, listener: socket.socket) -> None:
+    with WSGIServer(listener.getsockname(), WSGIRequestHandler, bind_and_activate=False) as server:
+        server.socket.close()
+        server.socket = listener
+        server.server_name, server.server_port = listener.getsockname()
+        server.setup_environ()
+        server.set_app(application)
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -206,6 +206,16 @@ def test_scope() -> None:
         ({"PATH_INFO": "/\xff"}, {"raw_path": b"/%FF", "path": "/�"}),
         ({"PATH_INFO": "", "SCRIPT_NAME": "/app"}, {"path": "/app", "root_path": "/app"}),
         ({"SERVER_PORT": ""}, {"server": ("127.0.0.1", None)}),
+        ({"SERVER_PORT": None}, {"server": ("127.0.0.1", None)}),
+        ({"SERVER_PORT": 8080}, {"server": ("127.0.0.1", 8080)}),
+        ({"SERVER_PORT": "²"}, {"server": ("127.0.0.1", None)}),
+        ({"REMOTE_ADDR": "::1", "REMOTE_PORT": 50000}, {"client": ("::1", 50000)}),
+        ({"REMOTE_ADDR": "::1", "REMOTE_PORT": None}, {"client": ("::1", 0)}),
+        ({"REMOTE_ADDR": "::1", "REMOTE_PORT": "²"}, {"client": ("::1", 0)}),
+        ({"SERVER_PROTOCOL": "HTTP/1.1"}, {"http_version": "1.1"}),
+        ({"SERVER_PROTOCOL": "HTTP/2.0"}, {"http_version": "2"}),
+        ({"SERVER_PROTOCOL": "HTTP/2"}, {"http_version": "2"}),
+        ({"SERVER_PROTOCOL": "HTTP/3.0"}, {"http_version": "3"}),
         ({"REMOTE_ADDR": "10.0.0.1"}, {"client": ("10.0.0.1", 0)}),
         ({}, {"client": None}),
     ],
@@ -225,7 +235,155 @@ def test_a_body_whose_end_the_server_marks() -> None:
             assert ask(app, is_checked=False, **environ).body == expected
 
 
+LENGTHS: dict[str, tuple[dict[str, Any], list[tuple[bytes, bytes]], bytes]] = {
+    "a length": ({"CONTENT_LENGTH": "3"}, [(b"content-length", b"3")], b"abc"),
+    "an int": ({"CONTENT_LENGTH": 3}, [(b"content-length", b"3")], b"abc"),
+    "None": ({"CONTENT_LENGTH": None}, [], b""),
+    "two of each": (
+        {"CONTENT_LENGTH": "3", "HTTP_CONTENT_LENGTH": "5", "CONTENT_TYPE": "a/b", "HTTP_CONTENT_TYPE": "c/d"},
+        [(b"content-type", b"a/b"), (b"content-length", b"3")],
+        b"abc",
+    ),
+    "only the wrong ones": ({"HTTP_CONTENT_LENGTH": "5", "HTTP_CONTENT_TYPE": "c/d"}, [], b""),
+    "another digit": ({"CONTENT_LENGTH": "²"}, [(b"content-length", b"0")], b""),
+    "more digits than a number may have": ({"CONTENT_LENGTH": "9" * 5000}, [(b"content-length", b"0")], b""),
+    "another digit, and an end": ({"CONTENT_LENGTH": "²", "wsgi.input_terminated": True}, [], b"abcdef"),
+    "chunks, and an end": (
+        {"CONTENT_LENGTH": "3", "HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True},
+        [(b"transfer-encoding", b"chunked")],
+        b"abcdef",
+    ),
+    "chunks, and no end": (
+        {"CONTENT_LENGTH": "3", "HTTP_TRANSFER_ENCODING": "chunked"},
+        [(b"transfer-encoding", b"chunked"), (b"content-length", b"3")],
+        b"abc",
+    ),
+}
+
+
+@pytest.mark.parametrize(("environ", "headers", "body"), LENGTHS.values(), ids=LENGTHS)
+def test_the_length_is_that_of_the_body(environ: dict[str, Any], headers: list[Any], body: bytes) -> None:
+    """It is told once, and is that of what the application reads (RFC 3875, 4.1.18; RFC 9110, 8.6; RFC 9112, 6.3)."""
+    seen: list[Any] = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            seen.append([pair for pair in scope["headers"] if pair[0] != b"host"])
+            await echo(scope, receive, send)
+
+    with AsgiToWsgi(app) as wsgi:
+        answer = ask(wsgi, is_checked=False, **{"wsgi.input": io.BytesIO(b"abcdef"), **environ})
+    assert (seen, answer.body) == ([headers], body)
+
+
 # Responses
+
+
+WRONG: dict[str, tuple[Any, Any, str]] = {
+    "no status": (None, [], "status must be an int such as 200, not None"),
+    "a bool": (True, [], "status must be an int such as 200, not True"),
+    "a str": ("200", [], "status must be an int such as 200, not '200'"),
+    "an interim status": (101, [], "status must be from 200 to 599, the final ones of HTTP, not 101"),
+    "a status of two digits": (42, [], "from 200 to 599.*not 42"),
+    "a status of four digits": (1000, [], "from 200 to 599.*not 1000"),
+    "a value that ends the header": (
+        200,
+        [(b"x", b"a\r\nb: c")],
+        r"header 'x' holds a control character: 'a\\r\\nb: c'",
+    ),
+    "a value with NUL": (200, [(b"x", b"a\0")], "holds a control character"),
+    "a name without letters": (200, [(b"", b"a")], "'' is no name of an HTTP header"),
+    "a name that ends the header": (200, [(b"x: a\r\ny", b"a")], "is no name of an HTTP header"),
+    "a name of other letters": (200, [(b"\xe9", b"a")], "'é' is no name of an HTTP header"),
+    "a name of str": (200, [("x", b"a")], r"pairs of bytes; got \('x', b'a'\) among them"),
+    "a value of str": (200, [(b"x", "a")], r"pairs of bytes; got \(b'x', 'a'\) among them"),
+    "three": (200, [(b"x", b"a", b"b")], "pairs of bytes; got .* among them"),
+    "two lengths": (200, [(b"content-length", b"2"), (b"Content-Length", b"3")], "is given twice, as 2 and as 3"),
+    "a length that is no number": (200, [(b"content-length", b"\xb2")], "must be a number of bytes, not '²'"),
+}
+
+
+@pytest.mark.parametrize(("status", "headers", "match"), WRONG.values(), ids=WRONG)
+def test_what_would_break_the_response_is_refused(serve: Serve, status: Any, headers: Any, match: str) -> None:
+    """By ``send``, as ``start_response`` does in the other direction; the application may answer something else then."""
+    refused: list[Exception] = []
+
+    async def handle(receive: Receive, send: Send) -> None:
+        try:
+            await start(send, status, headers)
+        except (TypeError, ValueError) as error:
+            refused.append(error)
+            if (await receive())["body"] == b"raise":
+                raise
+        await start(send, 500)
+        await send_body(send, b"error page")
+
+    with serve(app_of(handle)) as wsgi:
+        with pytest.raises((TypeError, ValueError), match=match) as caught:
+            ask(wsgi, b"raise")
+        assert caught.value is refused[0]
+        answer = ask(wsgi, b"answer")
+    assert (answer.status, answer.body) == ("500 Internal Server Error", b"error page")
+
+
+def test_one_length_that_comes_twice_is_one() -> None:
+    """So does space around a value go."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send, 200, [(b"Content-Length", b"2"), (b"content-length", b"2"), (b"X-A", b" a\t")])
+        await send_body(send, b"ok")
+
+    with AsgiToWsgi(app_of(handle)) as wsgi:
+        answer = ask(wsgi, is_checked=False)
+    assert (answer.headers, answer.body) == ([("Content-Length", "2"), ("X-A", "a")], b"ok")
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks", "match"),
+    [
+        (b"2", [b"hello"], "app.* sent 5 bytes where Content-Length leaves room for 2"),
+        (b"3", [b"he", b"llo"], "app.* sent 3 bytes where Content-Length leaves room for 1"),
+        (b"6", [b"hello"], "app.* sent 1 bytes fewer than its Content-Length says"),
+        (None, ["hello"], "body must be bytes, not 'hello'"),
+        (None, [None], "body must be bytes, not None"),
+    ],
+)
+def test_a_body_that_is_not_what_was_said(serve: Serve, length: bytes | None, chunks: Any, match: str) -> None:
+    """The server gets what was right of it, and then the error."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send, 200, [(b"content-length", length)] if length else [])
+        for number, chunk in enumerate(chunks, 1):
+            await send_body(send, chunk, more=number < len(chunks))
+
+    with serve(app_of(handle)) as wsgi, pytest.raises((RuntimeError, TypeError), match=match):
+        ask(wsgi, is_checked=False)
+
+
+@pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 304), ("GET", 204)])
+def test_a_length_of_what_is_not_sent(method: str, status: int) -> None:
+    """The length is that of the response to GET (RFC 9110, 8.6)."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send, status, [(b"content-length", b"5")])
+        await send_body(send, b"")
+
+    with AsgiToWsgi(app_of(handle)) as wsgi:
+        answer = ask(wsgi, REQUEST_METHOD=method, is_checked=False)
+    assert (answer.headers, answer.body) == ([("content-length", "5")], b"")
+
+
+def test_a_body_of_other_bytes(serve: Serve) -> None:
+    """WSGI takes ``bytes`` and nothing else; Starlette streams ``memoryview`` too."""
+
+    async def handle(receive: Receive, send: Send) -> None:
+        await start(send, 200, [(b"content-length", b"10")])
+        await send({"type": "http.response.body", "body": bytearray(b"he"), "more_body": True})
+        await send({"type": "http.response.body", "body": memoryview(b"llo12345").cast("I")})
+
+    with serve(app_of(handle)) as wsgi:
+        chunks = wsgi(environ_of(), Answer().start)
+        assert list(chunks) == [b"he", b"llo12345"]
 
 
 def test_headers_and_status() -> None:
@@ -587,7 +745,7 @@ def test_closed_by_another_thread(serve: Serve) -> None:
         assert errors
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("own")], ids=repr)
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), BaseException("own")], ids=repr)
 def test_what_is_no_exception(error: BaseException) -> None:
     """It is raised to the server as it is; other requests go on."""
 

@@ -55,7 +55,7 @@ class Kind:
     @property
     def is_wsgi(self) -> bool:
         """Whether the server speaks WSGI, and the framework ASGI."""
-        return self.server in {"waitress", "gunicorn"}
+        return self.server in {"waitress", "gunicorn", "wsgiref"}
 
     @property
     def prefix(self) -> str:
@@ -67,14 +67,14 @@ class Kind:
         arguments = repr(self.backend) + (", True" if broken else "")
         factory = f"{self.framework}_app"
         bind = f"fd://{descriptor}"
-        if self.server == "hypercorn":
-            command = f"hypercorn -k {self.backend} --keep-alive 60 --root-path={self.root} -b {bind}".split()
+        if self.server in {"hypercorn", "anycorn"}:
+            command = f"{self.server} -k {self.backend} --keep-alive 60 --root-path={self.root} -b {bind}".split()
             return ["-m", *command, f"served_apps:{factory}()"]
         if self.server == "uvicorn":
             command = f"uvicorn --fd {descriptor} --lifespan on --timeout-keep-alive 60 --root-path={self.root}".split()
             return ["-m", *command, "--factory", f"served_apps:{factory}"]
-        if self.server == "waitress":
-            return ["served_apps.py", f"{factory}({arguments})", str(descriptor), self.root]
+        if self.server in {"waitress", "wsgiref"}:
+            return ["served_apps.py", f"{factory}({arguments})", str(descriptor), self.root, self.server]
         command = f"gunicorn -k gthread -w 2 --threads 8 --keep-alive 60 --no-control-socket -b {bind}".split()
         if self.framework == "fastapi":
             command.append("--preload")  # the application is made by one process, and served by its forks
@@ -85,6 +85,8 @@ OUTWARD = [Kind("flask", "hypercorn"), Kind("flask", "hypercorn", "trio"), Kind(
 OUTWARD += [Kind("django", kind.server, kind.backend, "/base") for kind in OUTWARD]
 INWARD = [Kind("starlette", server, backend) for server in ("waitress", "gunicorn") for backend in ("asyncio", "trio")]
 KINDS = [*OUTWARD, *INWARD, *(Kind("fastapi", kind.server, kind.backend, "/base") for kind in INWARD)]
+EDGES = [*OUTWARD[:3], Kind("flask", "anycorn"), Kind("flask", "anycorn", "trio"), *INWARD]
+EDGES += [Kind("starlette", "wsgiref", backend) for backend in ("asyncio", "trio")]
 FIRST = {
     "flask-uvicorn-asyncio",
     "flask-hypercorn-trio",
@@ -92,6 +94,8 @@ FIRST = {
     "starlette-waitress-trio",
     "starlette-gunicorn-asyncio",
     "fastapi-gunicorn-trio",
+    "flask-anycorn-trio",
+    "starlette-wsgiref-asyncio",
 }
 """Each framework, server, backend and kind of root path once or twice; the other combinations are slow."""
 
@@ -286,6 +290,14 @@ def server(shared_server: Server, request: pytest.FixtureRequest) -> Iterator[Se
     request.node.add_report_section("teardown", str(shared_server.kind), shared_server.said(since))
 
 
+@pytest.fixture(scope="module", params=in_turn(EDGES))
+def edge_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """As ``shared_server``, of other kinds: what would break the protocol, each server takes in its own way."""
+    with tempfile.TemporaryDirectory() as directory, Server(request.param, Path(directory)) as server:
+        yield server
+        server.stop()
+
+
 @pytest.fixture
 def name() -> str:
     """One that no other request has."""
@@ -428,6 +440,71 @@ def test_error_in_the_response(server: Server, name: str) -> None:
         assert caught.value.partial == b"the beginning"
     server.await_said(rf"Traceback \(most recent call last\):(?s:.*)\nRuntimeError: broken {name}\n", since)
     assert server.ask("/hello/1").body == b"hello 1"
+
+
+# What would break the protocol
+
+
+@pytest.mark.parametrize(
+    ("edge", "why"),
+    [
+        ("interim", "status must be from 200 to 599, the final ones of HTTP, not 101"),
+        ("split", "the value of header 'X-A' holds a control character"),
+        ("nul", "the value of header 'X-A' holds a control character"),
+        ("nameless", "'' is no name of an HTTP header"),
+        ("lengths", "Content-Length is given twice, as 2 and as 3"),
+    ],
+)
+def test_a_head_that_would_break_the_response(edge_server: Server, edge: str, why: str) -> None:
+    """It is an error of the application's, which the server logs and answers with 500; and the server goes on."""
+    since = edge_server.said_so_far()
+    answer = edge_server.ask(f"/edge/{edge}")
+    assert (answer.status, answer.values("x-a"), answer.values("set-cookie")) == (500, [], [])
+    edge_server.await_said(f"ValueError: {re.escape(why)}", since)
+    assert edge_server.ask("/hello/1").body == b"hello 1"
+
+
+def test_a_response_that_says_how_its_connection_is_used(edge_server: Server) -> None:
+    """That is left to the server: one of length, chunks and the connection's end tells where the body ends."""
+    answer = edge_server.ask("/edge/chunked")
+    assert (answer.status, answer.body, answer.values("x-a")) == (200, b"hello", ["1"])
+    assert len(answer.values("content-length") + answer.values("transfer-encoding")) <= 1
+
+
+def test_a_response_longer_than_its_length(edge_server: Server) -> None:
+    """A WSGI application's is cut off where it says that it ends; an ASGI application's fails, as it does under ASGI servers."""
+    since = edge_server.said_so_far()
+    if edge_server.kind.is_wsgi:
+        with suppress(http.client.HTTPException, ConnectionError):
+            assert len(edge_server.ask("/edge/long").body) != 5
+        edge_server.await_said("sent 5 bytes where Content-Length leaves room for 2", since)
+    else:
+        answer = edge_server.ask("/edge/long")
+        assert (answer.status, answer.values("content-length"), answer.body) == (200, ["2"], b"he")
+        assert "Traceback" not in edge_server.said(since)
+    assert edge_server.ask("/hello/1").body == b"hello 1"
+
+
+@pytest.mark.parametrize("path", ["/hello/1", "/whole", "/pieces"])
+def test_head_says_nothing_wrong_of_the_length(edge_server: Server, path: str) -> None:
+    """A length in the response to HEAD is that of the response to GET (RFC 9110, 9.3.2)."""
+    head, answer = edge_server.ask(path, "HEAD"), edge_server.ask(path)
+    assert (head.status, head.body) == (200, b"")
+    assert head.values("content-length") in ([], [str(len(answer.body))])
+
+
+def test_two_lengths_of_a_body(server: Server, name: str) -> None:
+    """With a Content-Length beside the chunks, what was received is read, or the server refuses it (RFC 9112, 6.3)."""
+    lines = ["Content-Length: 3", "Transfer-Encoding: chunked", "Connection: close"]
+    with server.explained(), server.send(f"/digest/{name}", "POST", *lines) as client:
+        client.sendall(b"5\r\nhello\r\n0\r\n\r\n")
+        with http.client.HTTPResponse(client) as response:
+            response.begin()
+            if server.kind.server == "gunicorn":
+                assert response.status == 400
+            else:
+                assert response.status == 200
+                assert json.loads(response.read()) == {"length": 5, "sha256": hashlib.sha256(b"hello").hexdigest()}
 
 
 # Clients that go, and clients that stay

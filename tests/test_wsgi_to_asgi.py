@@ -226,6 +226,53 @@ async def test_headers_that_come_twice_and_ambiguous_ones() -> None:
     assert "HTTP_X_FORWARDED_FOR" not in environ  # it would pass for X-Forwarded-For
 
 
+CHUNKED = (b"transfer-encoding", b"chunked")
+
+
+def told_length(number: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", number
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("headers", "told", "streamed"),
+    [
+        ([told_length(b"5")], "5", "5"),
+        ([CHUNKED], "5", None),
+        ([], "5", None),
+        ([told_length(b"3"), CHUNKED], "5", None),
+        ([CHUNKED, told_length(b"30")], "5", None),
+        ([told_length(b"3")], "5", "3"),  # which a server would not let through: it stays the server's to say
+        ([told_length("²".encode("latin-1"))], "5", None),
+        ([told_length(b"5"), told_length(b"5")], "5", None),
+        ([told_length(b"-1")], "5", None),
+    ],
+    ids=str,
+)
+async def test_the_length_is_that_of_what_was_received(headers: Any, told: str, streamed: str | None) -> None:
+    """Where it is known (RFC 3875, 4.1.2); otherwise, Transfer-Encoding makes a Content-Length void (RFC 9112, 6.3)."""
+    seen: list[Any] = []
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        assert "HTTP_TRANSFER_ENCODING" not in environ  # it has been decoded
+        seen.append((environ.get("CONTENT_LENGTH"), environ["wsgi.input"].read()))
+        start_response("200 OK", TEXT)
+        return []
+
+    for buffer_size in (10, 1):
+        request = Request(b"he", b"llo", headers=headers)
+        with fail_after(PATIENCE):
+            await WsgiToAsgi(app, buffer_size=buffer_size)(request.scope, request.receive, request.send)
+    assert seen == [(told, b"hello"), (streamed, b"hello")]
+
+
+@pytest.mark.anyio
+async def test_an_empty_body_whose_length_was_told() -> None:
+    for headers, told in ([told_length(b"0")], "0"), ([told_length(b"3"), CHUNKED], "0"), ([], None), ([CHUNKED], None):
+        environ = await environ_of(headers=headers)
+        assert environ.get("CONTENT_LENGTH") == told
+
+
 @pytest.mark.anyio
 async def test_a_scope_that_says_little() -> None:
     request = Request()
@@ -406,6 +453,28 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "a name with a space": ("200 OK", [("a b", "c")], "'a b' is no name of an HTTP header"),
     "a value beyond latin-1": ("200 OK", [("a", "€")], "the value of header 'a' must be in latin-1, not '€'"),
     "a value that ends the header": ("200 OK", [("a", "b\r\nc: d")], "holds a control character"),
+    "a value with NUL": ("200 OK", [("a", "b\0")], r"the value of header 'a' holds a control character: 'b\\x00'"),
+    "a name without letters": ("200 OK", [("", "c")], "'' is no name of an HTTP header"),
+    "a name beyond latin-1": ("200 OK", [("€", "c")], "is no name of an HTTP header"),
+    "an interim status": ("100 Continue", TEXT, "status must be from 200 to 599, the final ones of HTTP, not 100"),
+    "a switch of protocols": ("101 Switching Protocols", TEXT, "from 200 to 599.*not 101"),
+    "the last interim status": ("199 Unknown", TEXT, "from 200 to 599.*not 199"),
+    "a status beyond all": ("600 Unknown", TEXT, "from 200 to 599.*not 600"),
+    "a status of zeros": ("000 None", TEXT, "from 200 to 599.*not 0"),
+    "a status of other digits": ("2\u0660\u0660 OK", TEXT, "status must be a str such as '200 OK'"),
+    "a status with NUL": ("200 O\0K", TEXT, "status must be a str such as '200 OK'"),
+    "two lengths": (
+        "200 OK",
+        [("Content-Length", "2"), ("content-length", "3")],
+        "Content-Length is given twice, as 2 and as 3",
+    ),
+    "a length that is no number": (
+        "200 OK",
+        [("Content-Length", "²")],
+        "Content-Length must be a number of bytes, not '²'",
+    ),
+    "a list of lengths": ("200 OK", [("Content-Length", "2, 2")], "must be a number of bytes, not '2, 2'"),
+    "no length": ("200 OK", [("Content-Length", "")], "must be a number of bytes, not ''"),
 }
 
 
@@ -445,6 +514,28 @@ def stops(environ: Environ, start_response: Any) -> list[bytes]:
     raise StopIteration
 
 
+def exits(environ: Environ, start_response: Any) -> list[bytes]:
+    raise GeneratorExit
+
+
+def returns_none(environ: Environ, start_response: Any) -> None:
+    start_response("200 OK", TEXT)
+
+
+async def is_asynchronous(environ: Environ, start_response: Any) -> list[bytes]:
+    return [b"never"]
+
+
+def returns_bytes(environ: Environ, start_response: Any) -> bytes:
+    start_response("200 OK", TEXT)
+    return b"text"
+
+
+def returns_too_little(environ: Environ, start_response: Any) -> list[bytes]:
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"te", b"x"]
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("app", "match"),
@@ -454,6 +545,11 @@ def stops(environ: Environ, start_response: Any) -> list[bytes]:
         (returns_str, "a chunk of a response must be bytes, not 'text'"),
         (starts_twice, "called a second time, without exc_info"),
         (stops, "stops.* raised StopIteration"),
+        (exits, "exits.* raised GeneratorExit"),
+        (returns_none, "returns_none.* must return an iterable of bytes, such as a list, not None"),
+        (is_asynchronous, "is_asynchronous.* must return an iterable of bytes, such as a list, not <coroutine"),
+        (returns_bytes, "returns_bytes.* must return an iterable of bytes, such as a list, not b'text'"),
+        (returns_too_little, "returns_too_little.* returned 2 bytes fewer than its Content-Length says"),
     ],
 )
 async def test_applications_that_break_the_rules(app: Any, match: str) -> None:
@@ -461,6 +557,123 @@ async def test_applications_that_break_the_rules(app: Any, match: str) -> None:
     with fail_after(PATIENCE), pytest.raises((RuntimeError, TypeError), match=match):
         await WsgiToAsgi(app)(request.scope, request.receive, request.send)
     assert request.sent == []
+
+
+# What Content-Length says of the body
+
+
+def answering(length: str, *chunks: bytes, written: tuple[bytes, ...] = (), as_list: bool = False) -> Any:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", [("Content-Length", length)])
+        for chunk in written:
+            write(chunk)
+        return list(chunks) if as_list else iter(chunks)
+
+    return app
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "iterator"])
+@pytest.mark.parametrize(
+    ("length", "chunks", "body"),
+    [
+        ("2", [b"hello"], b"he"),
+        ("2", [b"he", b"llo"], b"he"),
+        ("3", [b"he", b"llo", b"more"], b"hel"),
+        ("0", [b"hello"], b""),
+        ("5", [b"he", b"", b"llo", b""], b"hello"),
+    ],
+    ids=str,
+)
+async def test_no_more_goes_out_than_its_length(length: str, chunks: list[bytes], body: bytes, as_list: bool) -> None:
+    """PEP 3333, "Handling the Content-Length Header"."""
+    request = await ask(answering(length, *chunks, as_list=as_list), is_checked=False)
+    assert (request.headers, request.body) == ([(b"content-length", length.encode())], body)
+    assert request.is_complete
+
+
+@pytest.mark.anyio
+async def test_the_application_is_not_asked_for_more_than_its_length() -> None:
+    """It is closed where it has made too much, and runs to its end where it has not."""
+    chunks = Chunks(iter(lambda: b"xx", b""))  # without end
+
+    def app(environ: Environ, start_response: Any) -> Chunks:
+        start_response("200 OK", [("Content-Length", "5")])
+        return chunks
+
+    request = await ask(app, is_checked=False)
+    assert (request.body, request.is_complete, chunks.closed) == (b"xxxxx", True, 1)
+    ended: list[str] = []
+
+    def exact(environ: Environ, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        yield b"xx"
+        ended.append("ran on")
+
+    assert (await ask(exact, is_checked=False)).body == b"xx"
+    assert ended == ["ran on"]
+
+
+@pytest.mark.anyio
+async def test_write_beyond_the_length_is_refused() -> None:
+    """Nothing of it goes out: the response is cut off where it was right."""
+    request = Request()
+    with fail_after(PATIENCE), pytest.raises(RuntimeError, match=r"write\(\) of 3 bytes, where .* leaves room for 2"):
+        await WsgiToAsgi(answering("4", written=(b"he", b"llo")))(request.scope, request.receive, request.send)
+    assert (request.body, request.is_complete) == (b"he", False)
+    request = await ask(answering("4", b"l", b"o", written=(b"he",)), is_checked=False)
+    assert request.body == b"helo"
+
+
+@pytest.mark.anyio
+async def test_a_stream_that_is_too_short() -> None:
+    """What there was goes out, the response does not look complete, and the error names the application."""
+    request = Request()
+    with (
+        fail_after(PATIENCE),
+        pytest.raises(RuntimeError, match=r"app.* returned 3 bytes fewer than its Content-Length"),
+    ):
+        await WsgiToAsgi(answering("5", b"he"))(request.scope, request.receive, request.send)
+    assert (request.body, request.is_complete) == (b"he", False)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("method", "status"), [("HEAD", "200 OK"), ("GET", "304 Not Modified")])
+async def test_a_length_of_what_is_not_sent(method: str, status: str) -> None:
+    """The length is that of the response to GET (RFC 9110, 8.6)."""
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        start_response(status, [("Content-Length", "5")])
+        return []
+
+    request = await ask(app, is_checked=False, method=method)
+    assert (request.headers, request.body, request.is_complete) == ([(b"content-length", b"5")], b"", True)
+
+
+@pytest.mark.anyio
+async def test_the_length_of_an_error_page_counts() -> None:
+    def app(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        try:
+            dict[str, str]()["x"]
+        except KeyError:
+            start_response("500 Oops", [("Content-Length", "5")], sys.exc_info())
+        return iter([b"er", b"ror"])
+
+    assert (await ask(app, is_checked=False)).body == b"error"
+
+
+@pytest.mark.anyio
+async def test_fields_of_the_connection_are_left_out() -> None:
+    """They are the server's own (PEP 3333, "Other HTTP Features"), and one length that comes twice is one."""
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        fields = [("Transfer-Encoding", "chunked"), ("Connection", "close"), ("Keep-Alive", "5"), ("Upgrade", "x")]
+        start_response("200 OK", [*fields, ("X-A", "1"), ("Content-Length", "2"), ("Content-Length", "2")])
+        return [b"up"]
+
+    request = await ask(app, is_checked=False)
+    assert (request.headers, request.body) == ([(b"x-a", b"1"), (b"content-length", b"2")], b"up")
 
 
 # Closing the iterable
@@ -613,6 +826,26 @@ async def test_bodies_of_any_size(spool: bool, length: int) -> None:
     assert read[3] == b""
     is_known = spool or length <= 10
     assert read[4] == (str(length) if is_known and length else None)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("size", [-1, -5, None], ids=str)
+async def test_reading_a_negative_size_is_reading_all(size: int | None) -> None:
+    """In memory, spooled and streamed alike."""
+    read: list[bytes] = []
+
+    def app(environ: Environ, start_response: Any) -> list[bytes]:
+        file = environ["wsgi.input"]
+        read.extend([file.read(1), file.read(size), file.read(size)])
+        start_response("200 OK", TEXT)
+        return []
+
+    for options in ({}, {"buffer_size": 2}, {"buffer_size": 2, "spool": True}):
+        read.clear()
+        request = Request(b"abc", b"def")
+        with fail_after(PATIENCE):
+            await WsgiToAsgi(app, **options)(request.scope, request.receive, request.send)  # type: ignore[arg-type]
+        assert read == [b"a", b"bcdef", b""]
 
 
 @pytest.mark.anyio
@@ -1057,31 +1290,48 @@ async def test_a_task_that_is_cancelled_natively_lets_its_thread_go() -> None:
     assert isinstance(seen[0], asyncio.CancelledError)
 
 
+class Failing(Request):
+    """``send`` raises, after the client has left if ``leaves``."""
+
+    def __init__(self, error: Exception, *, leaves: bool = False) -> None:
+        super().__init__()
+        self.error = error
+        self.leaves = leaves
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if self.leaves:
+            self.left.set()
+            await wait_all_tasks_blocked()
+        raise self.error
+
+
 @pytest.mark.anyio
-async def test_a_server_that_says_by_an_error_that_the_client_is_gone() -> None:
-    """ASGI 2.4: ``send`` raises an OSError then; that is no error of the application's."""
+async def test_what_sending_raises() -> None:
+    """It is raised to the server, an OSError too, be it the server's way to say that the client is gone or a fault on the way."""
     chunks = Chunks(iter(lambda: b"x", b""))
 
     def app(environ: Environ, start_response: Any) -> Chunks:
         start_response("200 OK", TEXT)
         return chunks
 
-    class Failing(Request):
-        def __init__(self, error: Exception) -> None:
-            super().__init__()
-            self.error = error
-
-        async def send(self, message: MutableMapping[str, Any]) -> None:
-            raise self.error
-
     for one in (app, echo):
-        request = Failing(OSError("gone"))
-        with fail_after(PATIENCE):
-            await WsgiToAsgi(one)(request.scope, request.receive, request.send)
-        request = Failing(ValueError("more than Content-Length"))
-        with fail_after(PATIENCE), pytest.raises(ValueError, match="more than Content-Length"):
-            await WsgiToAsgi(one)(request.scope, request.receive, request.send)
+        for error in (FileNotFoundError("/nonexistent/log"), ValueError("refused")):
+            request = Failing(error)
+            with fail_after(PATIENCE), pytest.raises(type(error)) as caught:
+                await WsgiToAsgi(one)(request.scope, request.receive, request.send)
+            assert caught.value is error
     assert chunks.closed == 2
+
+
+@pytest.mark.anyio
+async def test_a_server_that_says_twice_that_the_client_is_gone() -> None:
+    """ASGI 2.4: ``send`` may raise an OSError after http.disconnect; that is an error of nobody's."""
+    request = Failing(OSError("gone"), leaves=True)
+    with fail_after(PATIENCE):
+        await WsgiToAsgi(echo)(request.scope, request.receive, request.send)
+    request = Failing(ValueError("refused"), leaves=True)
+    with fail_after(PATIENCE), pytest.raises(ValueError, match="refused"):
+        await WsgiToAsgi(echo)(request.scope, request.receive, request.send)
 
 
 # Other scopes, and what the adapter itself refuses

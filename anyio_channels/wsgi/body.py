@@ -47,7 +47,7 @@ class Body:
         self._ended = False
         self._more = Event()
         self._room = Event()
-        self._file: IO[bytes] | None = None
+        self._file: io.BufferedRandom | _Input | None = None
         self.length: int | None = None
         """How long it is, if that is known."""
 
@@ -121,15 +121,23 @@ class Body:
     def open(self) -> IO[bytes]:
         """Return what the application reads."""
         if self._file is not None:
+            self._file = _Input(self._file.detach(), _READ_SIZE)
             return self._file
         if self._complete:
             return io.BytesIO(b"".join(self._chunks))
-        return io.BufferedReader(_Stream(self.take), _READ_SIZE)
+        return _Input(_Stream(self.take), _READ_SIZE)
 
     def close(self) -> None:
         """Remove the temporary file."""
         if self._file is not None:
             self._file.close()
+
+
+class _Input(io.BufferedReader):
+    """Reads everything for any negative size, as ``io.BytesIO`` does."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(-1 if size is None or size < 0 else size)
 
 
 class _Stream(io.RawIOBase):

@@ -6,14 +6,14 @@ Rules (PEP 3333, and https://asgi.readthedocs.io/en/latest/specs/www.html, secti
 - a request body that fits the buffer is there before a thread is taken, and a response that fits it frees the thread before
   the client has it: clients that are slow with little cost no thread. What is larger flows, at the pace of the slower side.
 - the thread hands on every chunk at once, without waiting for the event loop as long as the buffer has room.
-- headers go out with the first chunk that is not empty, or at the end.
+- headers go out with the first chunk that is not empty, or at the end. No more of the body goes out than Content-Length says.
 - when the client goes away, the thread is told at its next read or write, by the exception of a cancelled call.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from anyio import CapacityLimiter, Event, create_task_group, from_thread, to_thread
@@ -29,6 +29,7 @@ from .translate import (
     Send,
     Write,
     WsgiApplication,
+    body_length_of,
     environ_of,
     response_head,
     set_content_length,
@@ -45,7 +46,8 @@ class WsgiToAsgi:
         app = WsgiToAsgi(flask_app)  # hypercorn main:app, uvicorn main:app, Mount("/old", app)
 
     It answers ``lifespan`` and closes WebSockets unheard. What the WSGI application raises goes on to the ASGI server, which
-    logs it, and answers 500 if nothing was sent yet. ``environ["asgi.scope"]`` is the scope of the request.
+    logs it, and answers 500 if nothing was sent yet; ``SystemExit`` and ``KeyboardInterrupt`` in a ``BaseExceptionGroup``.
+    ``environ["asgi.scope"]`` is the scope of the request.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class WsgiToAsgi:
         ``threads``: how many requests are in the application at the same time; others wait. ``buffer_size``: how many bytes of
         a request body, and of a response, are kept in memory at most, but for one chunk. ``spool``: take in the whole body
         before the application is called, what does not fit the buffer in a temporary file; so a slow upload costs no
-        thread. Otherwise the application reads a large body while it comes.
+        thread. Otherwise the application reads a large body while it comes. Django needs it: of a chunked body larger than the
+        buffer it reads nothing otherwise (ticket 35838).
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule.
         """
@@ -151,10 +154,12 @@ class _Exchange:
         self._buffered = 0
         self._sending = False  # somebody in the loop sends what is buffered, or is about to
         self._head: dict[str, Any] | None = None
+        self._left: int | None = None  # of the Content-Length that the application has given
         self._head_handed_on = False
         self._head_sent = False
         self._returned = False
         self._is_over = False
+        self._is_gone = False  # the client
         self._is_ending = False
         self._is_complete = False
         self._bell = Event()
@@ -169,8 +174,8 @@ class _Exchange:
         """Call the application and hand on what it returns."""
         try:
             self._run()
-        except StopIteration as error:
-            raise RuntimeError(f"{self._app!r:.200} raised StopIteration") from error  # which no future can hold
+        except (StopIteration, GeneratorExit) as error:  # which no future can hold, and no coroutine should let out
+            raise RuntimeError(f"{self._app!r:.200} raised {type(error).__name__}") from error
         finally:
             self._returned = True
 
@@ -179,11 +184,12 @@ class _Exchange:
         try:
             if isinstance(result, list | tuple):
                 self._hand_on_all(result)
+            elif isinstance(result, str | bytes) or not hasattr(result, "__iter__"):
+                raise TypeError(
+                    f"{self._app!r:.200} must return an iterable of bytes, such as a list, not {result!r:.100}"
+                )
             else:
-                for chunk in result:
-                    self._write(chunk)
-                    if self._is_head and self._head_handed_on:
-                        break
+                self._hand_on_each(result)
             if self._head is None:
                 raise RuntimeError(f"{self._app!r:.200} returned without calling start_response()")
             self._is_complete = True
@@ -194,13 +200,36 @@ class _Exchange:
 
     def _hand_on_all(self, chunks: Sequence[bytes]) -> None:
         """All of it is here already: there is nothing to gain from sending before the thread is free."""
-        if len(chunks) == 1 and self._head is not None and not self._head_handed_on:
-            set_content_length(self._head, len(chunks[0]))
         for chunk in chunks:
             self._check(chunk)
+        if len(chunks) == 1 and self._head is not None and not self._head_handed_on:
+            set_content_length(self._head, len(chunks[0]))
+        if self._left is not None:
+            chunks = [self._fitting(chunk) for chunk in chunks]
+            self._require_all()
         if not self._is_head:
             with self._lock:
                 self._chunks += chunks
+
+    def _hand_on_each(self, chunks: Iterable[bytes]) -> None:
+        for chunk in chunks:
+            self._check(chunk)
+            fitting = self._fitting(chunk)
+            self._hand_on(fitting)
+            if len(fitting) < len(chunk) or (self._is_head and self._head_handed_on):
+                return  # PEP 3333: stop when enough has been sent
+        self._require_all()
+
+    def _fitting(self, chunk: bytes) -> bytes:
+        """Return as much of a chunk as its Content-Length leaves room for (PEP 3333, "Handling the Content-Length Header")."""
+        if self._left is not None:
+            chunk = chunk[: self._left]
+            self._left -= len(chunk)
+        return chunk
+
+    def _require_all(self) -> None:
+        if self._left:
+            raise RuntimeError(f"{self._app!r:.200} returned {self._left} bytes fewer than its Content-Length says")
 
     def _start_response(self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None) -> Write:
         if exc_info is not None:
@@ -211,7 +240,9 @@ class _Exchange:
                 exc_info = None  # it refers to this frame
         elif self._head is not None:
             raise RuntimeError("start_response() was called a second time, without exc_info")
-        self._head = response_head(status, headers)
+        head = response_head(status, headers)
+        self._left = None if self._is_head else body_length_of(head["status"], head["headers"])
+        self._head = head
         return self._write
 
     def _check(self, chunk: bytes) -> None:
@@ -221,8 +252,14 @@ class _Exchange:
             raise RuntimeError("start_response() must be called before the first chunk that is not empty")
 
     def _write(self, chunk: bytes) -> None:
-        from_thread.check_cancelled()
+        """What ``start_response()`` returns."""
         self._check(chunk)
+        if self._left is not None and len(chunk) > self._left:
+            raise RuntimeError(f"write() of {len(chunk)} bytes, where Content-Length leaves room for {self._left}")
+        self._hand_on(self._fitting(chunk))
+
+    def _hand_on(self, chunk: bytes) -> None:
+        from_thread.check_cancelled()
         if not chunk:
             return
         self._head_handed_on = True
@@ -250,6 +287,7 @@ class _Exchange:
         """
         try:
             await self._body.go_on()
+            self._is_gone = True
             if not self._is_ending:
                 self.cancel()
         finally:
@@ -298,7 +336,7 @@ class _Exchange:
             self._room.set()
 
     def _fail(self, error: Exception) -> None:
-        if not isinstance(error, OSError):  # that is how a server says that the client is gone
+        if not (self._is_gone and isinstance(error, OSError)):  # ASGI: so a server may say that the client is gone
             self.error = error
         self.cancel()
 

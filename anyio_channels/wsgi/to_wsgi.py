@@ -29,7 +29,7 @@ from anyio_channels.log import APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, s
 from anyio_channels.portal import Portal
 
 from .lifespan import lifespan
-from .translate import AsgiApplication, Message, StartResponse, scope_of, start_of
+from .translate import AsgiApplication, Message, StartResponse, body_length_of, request_length_of, scope_of, start_of
 
 __all__ = ["AsgiToWsgi"]
 
@@ -53,8 +53,8 @@ class AsgiToWsgi:
     latest when the process exits; ``with`` does both. A forked process starts its own. ``scope["wsgi.environ"]`` is the
     environment of the request. WSGI has no WebSockets: the request to open one is answered with 501, unheard.
 
-    What the application raises before its response has started is raised to the server, which logs it and answers 500; later,
-    it ends the response there.
+    What the application raises before its response has started is raised to the server, which logs an ``Exception`` and answers
+    500, and does with ``SystemExit`` what it does with any WSGI application's; later, it ends the response there.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class AsgiToWsgi:
         host.portal.ensure_open()
         exchange = _Exchange(self.app, host, environ, self._buffer_size)
         try:
-            start_response(*start_of(exchange.start()))
+            start_response(*exchange.start())
         except BaseException:
             exchange.close()
             raise
@@ -151,17 +151,18 @@ class _Exchange:
     def __init__(self, app: AsgiApplication, host: _Host, environ: dict[str, Any], buffer_size: int) -> None:
         self._app = app
         self._portal = host.portal
-        self._scope = scope_of(environ)
+        self._left = request_length_of(environ)  # None: until it ends
+        self._scope = scope_of(environ, self._left)
         self._scope["state"] = host.state.copy()
         self._buffer_size = buffer_size
         self._input = environ["wsgi.input"]
-        self._left: int | None = _length_of(environ)  # None: until it ends
         self._is_head = environ["REQUEST_METHOD"] == "HEAD"
         self._inbox: SimpleQueue[Any] = SimpleQueue()  # what the thread is to do
         self._future: Future[None] | None = None
         self._error: BaseException | None = None
         # Of the thread.
         self._has_ended = False  # the application
+        self._is_told = False  # the server, that there is no body to come
         self._is_complete = False  # the response
         self._taken = 0  # bytes of the chunk that the server has
         # Of the loop.
@@ -171,7 +172,8 @@ class _Exchange:
         self._is_asked = False  # the thread, for a piece
         self._is_read = False  # the body
         self._is_over = False  # the request: there will be nothing to receive
-        self._is_started = False  # the response
+        self._head: tuple[str, list[tuple[str, str]]] | None = None
+        self._unsent: int | None = None  # of the Content-Length that the application has given
         self._is_sent = False
         self._lock = threading.Lock()  # of these two
         self._ahead = 0
@@ -179,35 +181,37 @@ class _Exchange:
 
     # In the thread of the server
 
-    def start(self) -> Message:
+    def start(self) -> tuple[str, list[tuple[str, str]]]:
         """Have the application called, and return the start of its response."""
         if self._left is not None and self._left <= _AT_ONCE:
             self._take(*self._read())
         call = f"{self._app!r:.200} through WSGI"
         self._future = self._portal.start(call, self._run, done=self._see_that_it_ends)
-        message = self._next_message()
-        if message is None:
+        if self._next_message() is None or self._head is None:
             raise RuntimeError(f"{self._app!r:.200} returned without a response")
-        return message
+        return self._head
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> bytes:
         """Wait for the next chunk. The one before it has been sent, or the server would not ask."""
-        while not self._is_complete:
+        while not (self._is_complete or self._is_told):
             self._make_room()
             message = self._next_message()
             if message is None:
                 raise RuntimeError(f"{self._app!r:.200} returned before its response was complete")
-            self._is_complete = not message.get("more_body", False)
-            body: bytes = message.get("body", b"")
+            self._is_complete = not message["more_body"]
+            body: bytes = message["body"]
             if self._is_head:
                 if body:
                     break  # WSGI servers differ in whether they leave it out; what it has been up to here is the header
             elif body:
                 self._taken = len(body)
                 return body
+        if self._is_head and not self._is_told:
+            self._is_told = True
+            return b""  # without a chunk, wsgiref would say that the response to GET has none (RFC 9110, 9.3.2)
         raise StopIteration
 
     def close(self) -> None:
@@ -310,18 +314,23 @@ class _Exchange:
 
     async def _send(self, message: Message) -> None:
         kind = message["type"]
-        expected = "http.response.body" if self._is_started else "http.response.start"
+        expected = "http.response.body" if self._head else "http.response.start"
         if kind != expected or self._is_sent:
             state = "after its response was complete" if self._is_sent else f"where {expected!r} is due"
             raise RuntimeError(f"{self._app!r:.200} sent {kind!r} {state}")
-        self._is_started = True
-        size = len(message.get("body", b""))
-        if size:
-            with self._lock:
-                self._ahead += size
-        if kind == "http.response.body" and not message.get("more_body", False):
-            self._is_sent = self._is_over = True
-            self._bell.set()
+        if kind == "http.response.start":
+            self._head = start_of(message)
+            if not self._is_head:
+                self._unsent = body_length_of(message["status"], self._head[1])
+        else:
+            message = self._checked(message)
+            size = len(message["body"])
+            if size:
+                with self._lock:
+                    self._ahead += size
+            if not message["more_body"]:
+                self._is_sent = self._is_over = True
+                self._bell.set()
         self._inbox.put(message)
         while not self._is_sent:
             with self._lock:
@@ -331,10 +340,20 @@ class _Exchange:
             await room.wait()
         await checkpoint()
 
-
-def _length_of(environ: dict[str, Any]) -> int | None:
-    """Return how long the body is, ``None`` if it ends by itself (``wsgi.input_terminated``)."""
-    length = environ.get("CONTENT_LENGTH", "")
-    if length.isdigit():
-        return int(length)
-    return None if environ.get("wsgi.input_terminated") else 0
+    def _checked(self, message: Message) -> Message:
+        """Return a piece of the body as WSGI takes it: bytes, no more and no fewer than the application has said."""
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if isinstance(body, bytearray | memoryview):  # Starlette sends these too
+            body = bytes(body)
+        if not isinstance(body, bytes):
+            raise TypeError(f"body must be bytes, not {body!r:.100}")
+        if self._unsent is not None:
+            if len(body) > self._unsent:
+                raise RuntimeError(
+                    f"{self._app!r:.200} sent {len(body)} bytes where Content-Length leaves room for {self._unsent}"
+                )
+            if len(body) < self._unsent and not more:
+                missing = self._unsent - len(body)
+                raise RuntimeError(f"{self._app!r:.200} sent {missing} bytes fewer than its Content-Length says")
+            self._unsent -= len(body)
+        return {"body": body, "more_body": more}

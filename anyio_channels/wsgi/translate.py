@@ -27,7 +27,9 @@ __all__ = [
     "StartResponse",
     "Write",
     "WsgiApplication",
+    "body_length_of",
     "environ_of",
+    "request_length_of",
     "response_head",
     "scope_of",
     "set_content_length",
@@ -45,19 +47,75 @@ Write: TypeAlias = Callable[[bytes], object]
 StartResponse: TypeAlias = Callable[..., Write]
 WsgiApplication: TypeAlias = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
-_STATUS: Final = re.compile(r"[1-9]\d\d( .*)?")
-_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_STATUS: Final = re.compile(r"([0-9]{3})( [^\x00-\x08\x0a-\x1f\x7f]*)?")
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_FINAL: Final = range(200, 600)
 _PAIR: Final = 2
 _PORTS: Final = {"http": "80", "https": "443"}
-_NOT_PREFIXED: Final = frozenset({"CONTENT_TYPE", "CONTENT_LENGTH"})
+_NOT_PREFIXED: Final = ("CONTENT_TYPE", "CONTENT_LENGTH")
+_DOUBLES: Final = frozenset(f"HTTP_{name}" for name in _NOT_PREFIXED)
+_VERSIONS: Final = {"2.0": "2", "3.0": "3"}
 _WITHOUT_BODY: Final = frozenset({204, 304})
+_CONTENT_LENGTH: Final[tuple[str | bytes, ...]] = ("content-length", b"content-length")
+
+
+# What both directions check
+
+
+def _check_status(status: int) -> None:
+    """Raise ``ValueError`` for an interim status, which ends no response (RFC 9110, 15.2), and for what is no status at all."""
+    if status not in _FINAL:
+        raise ValueError(f"status must be from 200 to 599, the final ones of HTTP, not {status}")
+
+
+def _fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the header fields of a response without those of the connection, which are the server's own (PEP 3333).
+
+    Raises ``ValueError`` for what would break the response apart (RFC 9110, 5.1 and 5.5), or say twice where it ends (8.6).
+    """
+    fields: list[tuple[bytes, bytes]] = []
+    length: int | None = None
+    for name, value in headers:
+        if not _TOKEN.fullmatch(name):
+            raise ValueError(f"{name.decode('latin-1')!r:.100} is no name of an HTTP header")
+        if _CONTROL.search(value):
+            raise ValueError(
+                f"the value of header {name.decode()!r:.100} holds a control character: {value.decode('latin-1')!r:.100}"
+            )
+        stripped = value.strip(b" \t")  # RFC 9110, 5.5: space around it is not part of the value
+        if name.lower() == b"content-length":
+            text = stripped.decode("latin-1")
+            if _number(text) is None:
+                raise ValueError(f"Content-Length must be a number of bytes, not {text!r:.100}")
+            if length is not None and length != int(text):
+                raise ValueError(f"Content-Length is given twice, as {length} and as {int(text)}")
+            if length is not None:
+                continue
+            length = int(text)
+        if not is_hop_by_hop(name.decode()):
+            fields.append((name, stripped))
+    return fields
+
+
+def body_length_of(status: int, headers: Iterable[tuple[str | bytes, str | bytes]]) -> int | None:
+    """Return how long the body of a response to GET must be, ``None`` if its head does not say; it has been checked."""
+    if status in _WITHOUT_BODY:
+        return None
+    return next((int(value) for name, value in headers if name.lower() in _CONTENT_LENGTH), None)
+
+
+# WSGI as ASGI
 
 
 def response_head(status: str, headers: list[tuple[str, str]]) -> dict[str, Any]:
     """Return the ASGI message for what ``start_response()`` was given."""
-    if not isinstance(status, str) or not _STATUS.fullmatch(status):
+    match = _STATUS.fullmatch(status) if isinstance(status, str) else None
+    if match is None:
         raise ValueError(f"status must be a str such as '200 OK', not {status!r:.100}")
+    code = int(match[1])
+    _check_status(code)
     if not isinstance(headers, list):
         raise TypeError(f"headers must be a list of (name, value) pairs of str, not {headers!r:.100}")
     raw: list[tuple[bytes, bytes]] = []
@@ -65,16 +123,13 @@ def response_head(status: str, headers: list[tuple[str, str]]) -> dict[str, Any]
         if not isinstance(pair, tuple) or len(pair) != _PAIR or not all(isinstance(one, str) for one in pair):
             raise TypeError(f"headers must be a list of (name, value) pairs of str; got {pair!r:.100} in it")
         name, value = pair
-        if not _TOKEN.fullmatch(name):
-            raise ValueError(f"{name!r:.100} is no name of an HTTP header")
         try:
             encoded = value.encode("latin-1")
         except UnicodeEncodeError:
-            raise ValueError(f"the value of header {name!r} must be in latin-1, not {value!r:.100}") from None
-        if _CONTROL.search(encoded):
-            raise ValueError(f"the value of header {name!r} holds a control character: {value!r:.100}")
-        raw.append((name.lower().encode(), encoded.strip(b" \t")))  # RFC 9110, 5.5: no part of the value
-    return {"type": "http.response.start", "status": int(status[:3]), "headers": raw}
+            raise ValueError(f"the value of header {name!r:.100} must be in latin-1, not {value!r:.100}") from None
+        raw.append((name.encode("latin-1", "backslashreplace"), encoded))
+    fields = [(name.lower(), value) for name, value in _fields(raw)]
+    return {"type": "http.response.start", "status": code, "headers": fields}
 
 
 def set_content_length(head: dict[str, Any], length: int) -> None:
@@ -111,20 +166,33 @@ def environ_of(scope: Scope, body: IO[bytes], length: int | None) -> dict[str, A
     if client:
         environ["REMOTE_ADDR"] = client[0]
         environ["REMOTE_PORT"] = str(client[1])
+    is_decoded = False
     for raw_name, raw_value in scope.get("headers", ()):
         name = raw_name.decode("latin-1")
         if "_" in name:
             continue  # it would pass for the header with a hyphen, which a proxy in front may have checked
         key = name.upper().replace("-", "_")
+        if key == "TRANSFER_ENCODING":
+            is_decoded = True
+            continue  # it is decoded already, and some would do it again
         if key not in _NOT_PREFIXED:
             key = f"HTTP_{key}"
         value = raw_value.decode("latin-1")
         if key in environ:
             value = f"{environ[key]}{'; ' if key == 'HTTP_COOKIE' else ','}{value}"
         environ[key] = value
-    if length:
-        environ.setdefault("CONTENT_LENGTH", str(length))
+    # The length of what was received, whatever the client said: RFC 3875, 4.1.2; with Transfer-Encoding, RFC 9112, 6.3.
+    if length is None:
+        if is_decoded or _number(environ.get("CONTENT_LENGTH")) is None:
+            environ.pop("CONTENT_LENGTH", None)
+    elif length or "CONTENT_LENGTH" in environ:
+        environ["CONTENT_LENGTH"] = str(length)
     return environ
+
+
+def _number(value: object) -> int | None:
+    """Return a length or a port as a number, ``None`` if it is not one. Some servers give an ``int`` or ``None``."""
+    return int(str(value)) if _NUMBER.fullmatch(str(value)) else None
 
 
 def _paths(scope: Scope) -> tuple[str, str]:
@@ -140,25 +208,36 @@ def _paths(scope: Scope) -> tuple[str, str]:
     return root.decode("latin-1"), path.decode("latin-1")
 
 
-def scope_of(environ: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ASGI scope for an environment of PEP 3333."""
+# ASGI as WSGI
+
+
+def request_length_of(environ: Mapping[str, Any]) -> int | None:
+    """Return how long a request body is, ``None`` if it ends by itself (``wsgi.input_terminated``)."""
+    is_terminated = bool(environ.get("wsgi.input_terminated"))
+    if is_terminated and environ.get("HTTP_TRANSFER_ENCODING"):
+        return None  # whatever CONTENT_LENGTH says (RFC 9112, 6.3)
+    length = _number(environ.get("CONTENT_LENGTH"))
+    return 0 if length is None and not is_terminated else length
+
+
+def scope_of(environ: Mapping[str, Any], length: int | None) -> dict[str, Any]:
+    """Return the ASGI scope for an environment of PEP 3333, with a body of ``length``, if that is known."""
     root = environ.get("SCRIPT_NAME", "").encode("latin-1")
     path = root + environ.get("PATH_INFO", "").encode("latin-1")
-    port = environ.get("SERVER_PORT", "")
+    version = environ.get("SERVER_PROTOCOL", "HTTP/1.1").removeprefix("HTTP/")
     headers = [
         (key[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
         for key, value in environ.items()
-        if key.startswith("HTTP_")
+        if key.startswith("HTTP_") and key not in _DOUBLES
     ]
-    headers += [
-        (key.replace("_", "-").lower().encode("latin-1"), environ[key].encode("latin-1"))
-        for key in ("CONTENT_TYPE", "CONTENT_LENGTH")
-        if environ.get(key)
-    ]
+    if environ.get("CONTENT_TYPE"):
+        headers.append((b"content-type", environ["CONTENT_TYPE"].encode("latin-1")))
+    if environ.get("CONTENT_LENGTH") not in ("", None) and length is not None:
+        headers.append((b"content-length", b"%d" % length))
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": environ.get("SERVER_PROTOCOL", "HTTP/1.1").removeprefix("HTTP/"),
+        "http_version": _VERSIONS.get(version, version),
         "method": environ["REQUEST_METHOD"].upper(),
         "scheme": environ.get("wsgi.url_scheme", "http"),
         "path": path.decode("utf-8", "replace"),
@@ -166,7 +245,7 @@ def scope_of(environ: Mapping[str, Any]) -> dict[str, Any]:
         "query_string": environ.get("QUERY_STRING", "").encode("latin-1"),
         "root_path": root.decode("utf-8", "replace"),
         "headers": headers,
-        "server": (environ["SERVER_NAME"], int(port) if port.isdigit() else None),
+        "server": (environ["SERVER_NAME"], _number(environ.get("SERVER_PORT"))),
         "client": _client(environ),
         "extensions": {},
         "wsgi.environ": environ,
@@ -184,16 +263,22 @@ def _raw_path(environ: Mapping[str, Any], path: bytes) -> bytes:
 
 def _client(environ: Mapping[str, Any]) -> tuple[str, int] | None:
     address = environ.get("REMOTE_ADDR")
-    port = environ.get("REMOTE_PORT", "")
-    return (address, int(port) if str(port).isdigit() else 0) if address else None
+    return (address, _number(environ.get("REMOTE_PORT")) or 0) if address else None
 
 
 def start_of(message: MutableMapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """Return what ``start_response()`` takes for an ASGI message; header fields that are the server's own are left out."""
-    status: int = message["status"]
+    """Return what ``start_response()`` takes for an ASGI message."""
+    status = message["status"]
+    if isinstance(status, bool) or not isinstance(status, int):
+        raise TypeError(f"status must be an int such as 200, not {status!r:.100}")
+    _check_status(status)
+    headers = [tuple(pair) for pair in message.get("headers", ())]
+    for pair in headers:
+        if len(pair) != _PAIR or not all(isinstance(one, bytes) for one in pair):
+            raise TypeError(f"headers must be (name, value) pairs of bytes; got {pair!r:.100} among them")
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:
         phrase = "Unknown"
-    headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message.get("headers", ())]
-    return f"{status} {phrase}", [(name, value) for name, value in headers if not is_hop_by_hop(name)]
+    fields = _fields(headers)
+    return f"{status:d} {phrase}", [(name.decode("latin-1"), value.decode("latin-1")) for name, value in fields]
