@@ -14,6 +14,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -139,6 +140,10 @@ class Fragile:
         path: str = environ["PATH_INFO"]
         if path.startswith("/outside/"):
             raise RuntimeError(f"broken {path.rpartition('/')[2]}")
+        if path == "/exit":
+            sys.exit(3)
+        if path.startswith("/exit/"):
+            sys.exit(path[6:])
         if path.startswith("/edge/"):
             status, headers = EDGES[path[6:]]
             start_response(f"{status} Phrase", headers)
@@ -208,6 +213,10 @@ def flask_app() -> WsgiToAsgi:  # noqa: C901 - a list of views
         return bytes(size)
 
     return WsgiToAsgi(Fragile(app))
+
+
+def spooling_django_app() -> WsgiToAsgi:
+    return WsgiToAsgi(django_app().app, spool=True)
 
 
 def django_app() -> WsgiToAsgi:  # noqa: C901 - a list of views
@@ -414,6 +423,8 @@ class FragileAsync:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if "/outside/" in scope.get("path", ""):
             raise RuntimeError(f"broken {scope['path'].rpartition('/')[2]}")
+        if "/exit/" in scope.get("path", ""):
+            sys.exit(scope["path"].rpartition("/")[2])
         if "/edge/" in scope.get("path", ""):
             status, headers = EDGES[scope["path"].rpartition("/")[2]]
             raw = [(name.encode(), value.encode()) for name, value in headers]
@@ -475,6 +486,8 @@ def serve_simply(application: AsgiToWsgi, listener: socket.socket) -> None:
         server.server_name, server.server_port = listener.getsockname()
         server.setup_environ()
         server.set_app(application)
+        # Its handler of requests swallows a SystemExit; and shutdown() waits for the loop that this thread is in.
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
         server.serve_forever()
 
 

@@ -464,6 +464,17 @@ def test_a_head_that_would_break_the_response(edge_server: Server, edge: str, wh
     assert edge_server.ask("/hello/1").body == b"hello 1"
 
 
+def test_an_application_that_exits(edge_server: Server) -> None:
+    """``SystemExit`` of a WSGI application is an error like others under each ASGI server, which goes on."""
+    assert edge_server.ask("/hello/1").body == b"hello 1"
+    if edge_server.kind.is_wsgi:
+        pytest.skip("WSGI servers do with SystemExit what each of them does with any application's")
+    since = edge_server.said_so_far()
+    assert edge_server.ask("/exit").status == 500
+    edge_server.await_said("BaseExceptionGroup(?s:.*)SystemExit: 3", since)
+    assert edge_server.ask("/hello/1").body == b"hello 1"
+
+
 def test_a_response_that_says_how_its_connection_is_used(edge_server: Server) -> None:
     """That is left to the server: one of length, chunks and the connection's end tells where the body ends."""
     answer = edge_server.ask("/edge/chunked")
@@ -505,6 +516,32 @@ def test_two_lengths_of_a_body(server: Server, name: str) -> None:
             else:
                 assert response.status == 200
                 assert json.loads(response.read()) == {"length": 5, "sha256": hashlib.sha256(b"hello").hexdigest()}
+
+
+def test_exit(edge_server: Server, name: str) -> None:
+    """An application that exits ends no ASGI server; a WSGI server does what it does with any application, and serves on."""
+    since = edge_server.said_so_far()
+    with edge_server.send(f"/exit/{name}", "GET", "Connection: close") as client:
+        server = edge_server.kind.server
+        if server == "gunicorn":
+            assert client.recv(1) == b""
+            edge_server.await_said("exited with code 1", since)
+        else:
+            edge_server.await_said(rf"SystemExit: {name}\n", since)
+            if server != "waitress":  # which keeps the client waiting
+                with http.client.HTTPResponse(client) as response:
+                    response.begin()
+                    assert response.status == 500
+    assert edge_server.ask("/hello/1").body == b"hello 1"
+
+
+@pytest.mark.parametrize(("framework", "length"), [("django", 0), ("spooling_django", 400_000)])
+def test_a_large_chunked_body_in_django(start: Callable[..., Server], framework: str, length: int, name: str) -> None:
+    """Django reads nothing without CONTENT_LENGTH (ticket 35838): with ``spool=True`` there always is one."""
+    server = start(Kind(framework, "hypercorn", "trio"))
+    chunks = iter([BLOB[:200_000], BLOB[200_000:400_000]])
+    answer = server.ask(f"/digest/{name}", "POST", body=chunks, encode_chunked=True)
+    assert answer.json == {"length": length, "sha256": hashlib.sha256(BLOB[:length]).hexdigest()}
 
 
 # Clients that go, and clients that stay
