@@ -451,7 +451,7 @@ def test_error_in_the_response(server: Server, name: str) -> None:
         ("interim", "status must be from 200 to 599, the final ones of HTTP, not 101"),
         ("split", "the value of header 'X-A' holds a control character"),
         ("nul", "the value of header 'X-A' holds a control character"),
-        ("nameless", "'' is no name of an HTTP header"),
+        ("nameless", "'' is not a valid name of an HTTP header"),
         ("lengths", "Content-Length is given twice, as 2 and as 3"),
     ],
 )

@@ -65,7 +65,7 @@ _CONTENT_LENGTH: Final[tuple[str | bytes, ...]] = ("content-length", b"content-l
 
 
 def _check_status(status: int) -> None:
-    """Raise ``ValueError`` for an interim status, which ends no response (RFC 9110, 15.2), and for what is no status at all."""
+    """Raise ``ValueError`` for an interim status, which does not end a response, and for an invalid one (RFC 9110, 15)."""
     if status not in _FINAL:
         raise ValueError(f"status must be from 200 to 599, the final ones of HTTP, not {status}")
 
@@ -79,7 +79,7 @@ def _fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
     length: int | None = None
     for name, value in headers:
         if not _TOKEN.fullmatch(name):
-            raise ValueError(f"{name.decode('latin-1')!r:.100} is no name of an HTTP header")
+            raise ValueError(f"{name.decode('latin-1')!r:.100} is not a valid name of an HTTP header")
         if _CONTROL.search(value):
             raise ValueError(
                 f"the value of header {name.decode()!r:.100} holds a control character: {value.decode('latin-1')!r:.100}"
