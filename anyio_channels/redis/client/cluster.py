@@ -101,8 +101,8 @@ class ClusterLink(Link):
                     self._cluster.follow(error)
                     await sleep(_PAUSE)
                     link, asking = self._cluster.owner("", key), False
-                elif link.connection is not None:
-                    await sleep(_PAUSE)  # they do not agree yet
+                else:
+                    await sleep(0 if link.connection is None else _PAUSE)  # they do not agree yet
 
     def on_trouble(self) -> None:
         """Ask who owns what now."""
