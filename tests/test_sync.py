@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as patched
 
 import anyio
 import pytest
@@ -566,6 +567,24 @@ def test_troubles_of_what_lives_there(backend: tuple[str, dict[str, Any]]) -> No
     with pytest.raises(KeyError, match="exit"):
         portal.close()
     portal.close()
+
+
+@pytest.mark.parametrize("at", ["enter", "exit"])
+def test_troubles_at_exit(at: str, backend: tuple[str, dict[str, Any]]) -> None:
+    """What fails as the interpreter exits is told as when closing; nothing is, where nothing is open."""
+    at_exit: list[Callable[[], object]] = []
+    portal = Portal("it", lambda: Troubled(at=at), *backend)
+    with patched("atexit.register", at_exit.append):
+        if at == "enter":
+            with pytest.raises(KeyError, match="enter"):
+                portal.open()
+        else:
+            portal.open()
+    (close,) = at_exit
+    if at == "exit":
+        with pytest.raises(KeyError, match="exit"):
+            close()
+    close()
 
 
 def test_a_loop_that_ends_before_its_time(backend: tuple[str, dict[str, Any]]) -> None:
