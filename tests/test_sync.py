@@ -569,7 +569,7 @@ def test_troubles_of_what_lives_there(backend: tuple[str, dict[str, Any]]) -> No
     portal.close()
 
 
-@pytest.mark.parametrize("at", ["enter", "exit"])
+@pytest.mark.parametrize("at", ["enter", "exit", "never"])
 def test_troubles_at_exit(at: str, backend: tuple[str, dict[str, Any]]) -> None:
     """What fails as the interpreter exits is told as when closing; nothing is, where nothing is open."""
     at_exit: list[Callable[[], object]] = []
