@@ -28,7 +28,7 @@ _PROCESS: Final = re.compile("p[0-9a-f]{31}!")
 
 
 def new_process() -> str:
-    """Return a name for this process, for the names of its channels: 32 characters, like the peers', whose first is a digit."""
+    """Return what the names of this process's channels hold: 32 characters, as a peer's, but the first is not a digit."""
     return "p" + secrets.token_hex(16)[1:]
 
 
