@@ -63,6 +63,38 @@ async def test_a_refusal_that_waiting_does_not_cure() -> None:
             await link.opened()
 
 
+@pytest.mark.parametrize("silences", [1, 2])
+async def test_a_silence_does_not_hide_why_an_earlier_try_failed(
+    monkeypatch: pytest.MonkeyPatch, silences: int
+) -> None:
+    """The try that the time to open cuts off tells what was wrong before, if anything was."""
+
+    class Backoff:
+        def compute(self, _: int) -> float:
+            return 0.0
+
+    monkeypatch.setattr(module, "_BACKOFF", Backoff())
+    server = PlayedServer(OSError("nobody is there"), *(TimeoutError() for _ in range(silences)))
+    server.refusal = redis.exceptions.AuthenticationError("WRONGPASS")
+    told: list[str] = []
+
+    class Watched(Link):
+        def on_trouble(self) -> None:
+            told.append(str(self.down_error()))
+
+    link = Watched(server, Timeouts(timeout=LONG, connect_timeout=LONG, keep_alive=LONG), LinkEvents())
+    with fail_after(PATIENCE):
+        async with create_task_group() as tasks:
+            tasks.start_soon(link.run)
+            with pytest.raises(redis.exceptions.AuthenticationError, match="WRONGPASS"):
+                await link.opened()
+            tasks.cancel_scope.cancel()
+    assert len(told) == 2 + silences
+    assert "cannot be reached: nobody is there;" in told[0]
+    for one in told[1:-1]:
+        assert "cannot be reached: it did not answer in time; before that: nobody is there;" in one
+
+
 async def test_success_sets_the_backoff_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each failure in a row makes the next pause longer, and a connection that came up makes it short again."""
     failures: list[int] = []

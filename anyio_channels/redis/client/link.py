@@ -370,6 +370,8 @@ class Link:
             self._is_told = True
         elif self._troubles.look():
             self._is_told = True
+        if _says_nothing(error) and self.error is not None:  # why an earlier try failed says more
+            error.__cause__ = self.error.__cause__ if _says_nothing(self.error) else self.error
         self.error = error
         self.refused = is_refusal(error)
         if self.refused:
@@ -394,9 +396,14 @@ class Link:
         return lost
 
 
+def _says_nothing(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) and not str(error)
+
+
 def _reason(error: BaseException | None) -> str:
-    if error is None or (isinstance(error, TimeoutError) and not str(error)):
-        return "it did not answer in time"
+    if error is None or _says_nothing(error):
+        before = None if error is None else error.__cause__
+        return "it did not answer in time" + ("" if before is None else f"; before that: {_reason(before)}")
     if isinstance(error, ConnectionLost):
         return str(error.args[0]).rpartition(";")[0]
     return said(error)
