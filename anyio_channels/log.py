@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import math
+import reprlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-__all__ = ["EVENTS", "PREFIX", "LogEvent", "Troubles", "said"]
+__all__ = ["EVENTS", "PREFIX", "LogEvent", "Troubles", "said", "shown"]
 
 PREFIX: Final = "anyio_channels_"
 """What the attributes of a record begin with that are ours."""
@@ -57,6 +58,18 @@ class LogEvent:
 def said(error: BaseException) -> str:
     """Return what the field ``error`` holds."""
     return str(error) or repr(error)
+
+
+class _Repr(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _LONG_INT:  # Python refuses to write one of more than 4,300 digits
+            return f"an int of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_LONG_INT: Final = 1024
+shown: Final = _Repr().repr
+"""Return the ``repr`` of any value, cut to a length fit for an error message."""
 
 
 class _Quiet:
@@ -271,6 +284,12 @@ CONNECTION_RESTORED: Final = LogEvent(
     "%(server)s: connected again",
     ("server",),
 )
+HOST_OPTIONS_IGNORED: Final = LogEvent(
+    "hosts.options_ignored",
+    logging.INFO,
+    "hosts has options of the redis package that mean nothing here: %(options)s",
+    ("options",),
+)
 TELEMETRY_FAILED: Final = LogEvent(
     "telemetry.failed",
     logging.WARNING,
@@ -312,7 +331,8 @@ LIFESPAN_UNSUPPORTED: Final = LogEvent(
 EVENTS: Final[tuple[LogEvent, ...]] = (
     GROUP_SEND_DROPPED, CHANNEL_DROPPED, CHANNEL_ENDED, MESSAGE_UNREADABLE, POP_REFUSED, GIVE_BACK_FAILED,
     SUBSCRIPTION_REFUSED, MEMBERSHIP_REFUSED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, CONNECTION_LOST, CONNECTION_FAILED,
-    CONNECTION_RESTORED, TELEMETRY_FAILED, EVENT_LOOP_FAILED, APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, LIFESPAN_FAILED,
+    CONNECTION_RESTORED, HOST_OPTIONS_IGNORED, TELEMETRY_FAILED, EVENT_LOOP_FAILED, APP_FAILED_AFTER_RESPONSE,
+    APP_FAILED_AT_CLOSE, LIFESPAN_FAILED,
     LIFESPAN_UNSUPPORTED,
 )  # fmt: skip
 """All that there are."""

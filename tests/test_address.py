@@ -66,6 +66,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         ({"address": "unix:///run/redis.sock", "password": "pw"}, Address(path="/run/redis.sock", password="pw")),
         ({"host": "example", "username": "", "password": ""}, Address(host="example")),
         ({"host": "example", "socket_timeout": None, "client_name": None}, Address(host="example")),
+        ({"host": "example", "health_check_interval": 10}, Address(host="example", keep_alive=10)),
+        ({"host": "example", "health_check_interval": 0}, Address(host="example")),
+        ("redis://example?health_check_interval=10", Address(host="example", keep_alive=10)),
+        ("redis://example?max_connections=50&retry_on_timeout=yes", Address(host="example")),
         ({}, Address()),
     ],
 )
@@ -113,7 +117,7 @@ def test_names(host: str, name: str) -> None:
             TypeError,
             "unknown option 'pasword' of a Redis host; there are: client_name, credential_provider, .*ssl_ca_certs, .*username",
         ),
-        ("redis://:s3cret@example?max_connections=5", TypeError, "unknown option 'max_connections' of a Redis host"),
+        ("redis://:s3cret@example?max_conections=5", TypeError, "unknown option 'max_conections' of a Redis host"),
         ({1: SECRET}, TypeError, "unknown option 1 of a Redis host"),
         ("example:6379", ValueError, "a Redis URL begins with redis://, rediss:// or unix://"),
         ("", ValueError, "a Redis URL begins with redis://"),
@@ -151,7 +155,7 @@ def test_names(host: str, name: str) -> None:
         (
             {"socket_timeout": 0},
             ValueError,
-            "socket_timeout of a Redis host must be a positive number of seconds, not 0",
+            "socket_timeout of a Redis host must be a positive number of seconds, .*, not 0",
         ),
         ({"socket_timeout": float("nan")}, ValueError, "socket_timeout of a Redis host must be a positive number"),
         (
@@ -164,6 +168,11 @@ def test_names(host: str, name: str) -> None:
             ValueError,
             "socket_connect_timeout of a Redis host must be .*, not 'soon'",
         ),
+        ({"socket_timeout": 10**400}, ValueError, "socket_timeout .* at most 1000000000, not an int of 1329 bits"),
+        ({"socket_connect_timeout": 1e16}, ValueError, "socket_connect_timeout .* at most 1000000000, not 1e[+]16"),
+        ({"port": 10**5000}, ValueError, "port of a Redis host must be .* from 1 to 65535, not an int of 16610 bits"),
+        ({"health_check_interval": -1}, ValueError, "health_check_interval of a Redis host must be a positive"),
+        ({"max_conections": 10}, TypeError, "unknown option 'max_conections' of a Redis host"),
         ({"socket_connect_timeout": [1]}, ValueError, "socket_connect_timeout of a Redis host must be a positive"),
         ({"ssl": "perhaps"}, ValueError, "ssl of a Redis host must be True or False, not 'perhaps'"),
         ({"ssl": None}, ValueError, "ssl of a Redis host must be True or False, not None"),
@@ -177,7 +186,7 @@ def test_names(host: str, name: str) -> None:
             ValueError,
             "ssl_cert_reqs must be one of 'required', .*, not 'maybe'",
         ),
-        ({"ssl": True, "ssl_cert_reqs": None}, ValueError, "ssl_cert_reqs must be one of .*, not None"),
+        ({"ssl": True, "ssl_cert_reqs": 0}, ValueError, "ssl_cert_reqs must be one of .*, not 0"),
         ({"ssl": True, "ssl_context": "default"}, TypeError, "ssl_context of a Redis host must be an ssl.SSLContext"),
         ({"ssl": True, "ssl_min_version": 5}, ValueError, "5 is not a valid TLSVersion"),
         ({"ssl": True, "path": "/run/redis.sock"}, ValueError, "on a unix socket has no TLS"),
@@ -197,6 +206,20 @@ def test_refused_hosts(host: Any, error: type[Exception], words: str) -> None:
     while told is not None:
         assert SECRET not in str(told)
         told = told.__cause__ or (None if told.__suppress_context__ else told.__context__)
+
+
+def test_options_that_mean_nothing_here(caplog: pytest.LogCaptureFixture) -> None:
+    """What channels_redis hands on to its client, and no connection here has, is accepted and named once in the log."""
+    caplog.set_level("INFO", logger="anyio_channels")
+    plain = {"host": "a", "retry_on_timeout": True, "socket_keepalive": True, "max_connections": 100}
+    behind = {"sentinels": [("b", 1)], "master_name": "m", "sentinel_kwargs": {"decode_responses": True}, "protocol": 2}
+    assert parse_hosts([plain, {**plain, "encoding": "utf-8"}])[0] == Address(host="a")
+    assert parse_hosts([behind])[0] == parse_host({"sentinels": [("b", 1)], "master_name": "m"})
+    assert {getattr(record, "anyio_channels_event", None) for record in caplog.records} == {"hosts.options_ignored"}
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "encoding, max_connections, retry_on_timeout, socket_keepalive",
+        "decode_responses, protocol",
+    ]
 
 
 def test_lists_of_hosts() -> None:
@@ -242,6 +265,10 @@ def test_no_tls_unless_asked_for(host: Any) -> None:
         ("ssl_cert_reqs=required", ssl.CERT_REQUIRED, True),
         ("ssl_cert_reqs=optional", ssl.CERT_OPTIONAL, True),
         ("ssl_cert_reqs=none", ssl.CERT_NONE, False),
+        ("ssl_cert_reqs=CERT_NONE", ssl.CERT_NONE, False),
+        ("ssl_cert_reqs=None", ssl.CERT_NONE, False),
+        ({"ssl_cert_reqs": None}, ssl.CERT_NONE, False),
+        ({"ssl_cert_reqs": "CERT_REQUIRED"}, ssl.CERT_REQUIRED, True),
         ("ssl_check_hostname=false", ssl.CERT_REQUIRED, False),
         ({"ssl_cert_reqs": ssl.CERT_NONE}, ssl.CERT_NONE, False),
         ({"ssl_cert_reqs": ssl.CERT_REQUIRED}, ssl.CERT_REQUIRED, True),

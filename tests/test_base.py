@@ -33,7 +33,14 @@ base = BaseChannelLayer()
         ({"expiry": "60"}, TypeError, "expiry must be a number of seconds, not '60'"),
         ({"expiry": True}, TypeError, "not True"),
         ({"group_expiry": -1}, ValueError, "group_expiry must be"),
+        ({"expiry": 1e16}, ValueError, "expiry must be at most 1000000000 seconds .31 years., not 1e[+]16"),
+        ({"expiry": 10**9 + 1}, ValueError, "expiry must be at most 1000000000 seconds"),
+        ({"group_expiry": 10**400}, ValueError, "group_expiry must be at most .*, not an int of 1329 bits"),
+        ({"group_expiry": -(10**5000)}, ValueError, "group_expiry must be a positive, .*, not an int of 16610 bits"),
         ({"capacity": 0}, ValueError, "capacity must be at least 1, not 0"),
+        ({"capacity": 2**63}, ValueError, "capacity must be at most 9223372036854775807, not 9223372036854775808"),
+        ({"max_message_size": 10**5000}, ValueError, "max_message_size must be at most .*, not an int of"),
+        ({"channel_capacity": {"a*": 2**70}}, ValueError, r"channel_capacity\['a\*'\] must be at most"),
         ({"capacity": 1.5}, TypeError, "capacity must be an int, not 1.5"),
         ({"capacity": True}, TypeError, "not True"),
         ({"max_message_size": 0}, ValueError, "max_message_size must be at least 1"),
@@ -50,6 +57,25 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], words: str
     """A bad or misspelt option is an error that names it, when the layer is made and not when it is used."""
     with pytest.raises(error, match=words):
         InMemoryChannelLayer(**options)
+
+
+def test_the_largest_options() -> None:
+    """The bounds of options are themselves allowed, and work."""
+    layer = InMemoryChannelLayer(expiry=10**9, group_expiry=1e9, capacity=2**63 - 1, max_message_size=2**63 - 1)
+    layer.send_nowait("a", {"n": 1})
+    assert layer.receive_nowait("a") == {"n": 1}
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000)], ids=["large", "small"])
+def test_values_too_long_to_write(value: int) -> None:
+    """An int that Python itself refuses to write is refused as any other value that does not belong there."""
+    layer = InMemoryChannelLayer()
+    with pytest.raises(TypeError, match=r"message\['n'\] is an int of 16610 bits, which does not fit 64 bits"):
+        layer.send_nowait("a", {"n": value})
+    with pytest.raises(TypeError, match="message has the key an int of 16610 bits"):
+        layer.send_nowait("a", {value: 1})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="Channel name must be .* got an int of 16610 bits"):
+        layer.send_nowait(value, {})  # type: ignore[arg-type]
 
 
 def test_positional_options_are_those_of_the_peers() -> None:
@@ -97,6 +123,8 @@ def test_names() -> None:
     ("options", "error", "words"),
     [
         ({"capacity": 0}, ValueError, "capacity must be at least 1"),
+        ({"capacity": 10**400}, ValueError, "capacity must be at most 9223372036854775807, not an int of 1329 bits"),
+        ({"overflow": 10**5000}, ValueError, "overflow must be one of .*, not an int of 16610 bits"),
         ({"overflow": "drop"}, ValueError, "overflow must be one of 'drop_new', 'drop_old', not 'drop'"),
         ({"on_gap": None}, ValueError, "on_gap must be one of 'ignore', 'event', 'raise', not None"),
     ],

@@ -718,6 +718,12 @@ def test_bad_options_of_one_layer() -> None:
     """Options that only one of the layers has are checked too."""
     with pytest.raises(ValueError, match="random_prefix_length must be at least 1"):
         RedisChannelLayer(random_prefix_length=0)
+    with pytest.raises(ValueError, match="random_prefix_length must be at most 255, not 256"):
+        RedisChannelLayer(random_prefix_length=256)
+    for option in ("expiry", "group_expiry", "timeout", "connect_timeout", "keep_alive"):
+        for make in (RedisChannelLayer, RedisPubSubChannelLayer):
+            with pytest.raises(ValueError, match=f"^{option} must be at most 1000000000 seconds .*, not 1e[+]17"):
+                make(**{option: 1e17})  # type: ignore[arg-type]
     for option in ("on_disconnect", "on_reconnect"):
         with pytest.raises(TypeError, match=f"{option} must be the type of a message"):
             RedisPubSubChannelLayer(**{option: 5})  # type: ignore[arg-type]
@@ -809,3 +815,16 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = anyio_channels.RedisChannelLayer
     with pytest.raises(ImportError, match=r"a redis:// channel layer needs an extra"):
         create_channel_layer("redis://h")
+
+
+@pytest.mark.parametrize("make", [RedisChannelLayer, RedisPubSubChannelLayer])
+def test_health_check_interval_is_keep_alive(make: type[RedisChannelLayer | RedisPubSubChannelLayer]) -> None:
+    """The interval that channels_redis has for a host is the sign of life here; the shortest holds for the layer."""
+    hosts: list[Any] = [
+        {"host": "a", "health_check_interval": 9},
+        {"host": "b", "health_check_interval": 7},
+        "redis://c",
+    ]
+    assert make(hosts).keep_alive == 7
+    assert make(["redis://c"]).keep_alive == 15
+    assert make([{"host": "a", "health_check_interval": 0}], keep_alive=3).keep_alive == 3

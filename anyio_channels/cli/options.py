@@ -7,7 +7,6 @@ Rules:
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import click
 
 from anyio_channels.contract.layer import BaseChannelLayer
+from anyio_channels.contract.options import MOST_SECONDS
 from anyio_channels.memory import InMemoryChannelLayer
 from anyio_channels.urls import create_channel_layer
 
@@ -109,8 +109,8 @@ class Seconds(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return the number, or refuse it."""
         seconds: float = super().convert(value, param, ctx)
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        if not seconds <= MOST_SECONDS:  # also what is not a number
+            self.fail(f"{value!r} is not a number of seconds up to {MOST_SECONDS}", param, ctx)
         return seconds
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
@@ -24,6 +23,7 @@ import ormsgpack
 from ormsgpack import packb, unpackb
 
 from anyio_channels.exceptions import MessageTooLarge
+from anyio_channels.log import shown
 
 __all__ = ["EXCLUDE_KEY", "MAX_DEPTH", "RESERVED_KEY", "Codec", "SerializerFormat", "Unreadable"]
 
@@ -75,7 +75,7 @@ class Codec:
     def encode(self, message: dict[str, Any]) -> bytes:
         """Return the bytes of ``message``, or raise ``TypeError`` or ``MessageTooLarge``."""
         if not isinstance(message, dict):
-            raise TypeError(f"a message must be a dict, not {reprlib.repr(message)}")
+            raise TypeError(f"a message must be a dict, not {shown(message)}")
         if RESERVED_KEY in message or EXCLUDE_KEY in message:
             key = RESERVED_KEY if RESERVED_KEY in message else EXCLUDE_KEY
             raise TypeError(f"message[{key!r}] is reserved for the layers and cannot be sent")
@@ -138,9 +138,7 @@ class Codec:
 
     def _plain_bytes(self, value: bytes | bytearray | memoryview, where: str) -> bytes:
         if self._is_json:
-            raise TypeError(
-                f"{where} is {reprlib.repr(value)}: JSON cannot carry bytes; use serializer_format='msgpack'"
-            )
+            raise TypeError(f"{where} is {shown(value)}: JSON cannot carry bytes; use serializer_format='msgpack'")
         return bytes(value)
 
     def _plain(self, value: Any, where: str, depth: int) -> Any:  # noqa: C901, PLR0911 - one case for each type
@@ -153,7 +151,7 @@ class Codec:
                 return _plain_str(value, where)
             case int():
                 if not -(2**63) <= value < 2**64:
-                    raise TypeError(f"{where} is {reprlib.repr(value)}, which does not fit 64 bits; {_RULE}")
+                    raise TypeError(f"{where} is {shown(value)}, which does not fit 64 bits; {_RULE}")
                 return int.__int__(value)
             case float():
                 return float.__float__(value)
@@ -167,12 +165,12 @@ class Codec:
                     for key, item in value.items()
                 }
         if self._default is None:
-            raise TypeError(f"{where} is {reprlib.repr(value)}, a {type(value).__qualname__}: {_RULE}")
+            raise TypeError(f"{where} is {shown(value)}, a {type(value).__qualname__}: {_RULE}")
         try:
             converted = self._default(value)
         except TypeError as error:
             raise TypeError(
-                f"{where} is {reprlib.repr(value)}, a {type(value).__qualname__}, and default= refused it: {error}"
+                f"{where} is {shown(value)}, a {type(value).__qualname__}, and default= refused it: {error}"
             ) from error
         return self._plain(converted, where, depth + 1)
 
@@ -181,13 +179,13 @@ def _plain_str(value: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise TypeError(f"{where} is {reprlib.repr(value)}, which is not valid Unicode: {error.reason}") from error
+        raise TypeError(f"{where} is {shown(value)}, which is not valid Unicode: {error.reason}") from error
     return str.__str__(value)
 
 
 def _plain_key(key: object, where: str) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"{where} has the key {reprlib.repr(key)}, a {type(key).__qualname__}: {_RULE}")
+        raise TypeError(f"{where} has the key {shown(key)}, a {type(key).__qualname__}: {_RULE}")
     return _plain_str(key, f"a key of {where}")
 
 

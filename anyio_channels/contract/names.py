@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import reprlib
 import secrets
 from collections.abc import Collection, Mapping
 from typing import ClassVar, Final
+
+from anyio_channels.log import shown
 
 from .options import require_count
 
@@ -67,7 +68,7 @@ class Names:
         """
         if not (self.match_type_and_length(name) and self.channel_name_regex.fullmatch(str(name))):
             rule = self.invalid_name_error.format("Channel")
-            raise TypeError(f"{rule}, and at most one '!' behind the first of them; got {reprlib.repr(name)}")
+            raise TypeError(f"{rule}, and at most one '!' behind the first of them; got {shown(name)}")
         if receive and "!" in str(name) and not str(name).endswith("!"):
             raise TypeError(f"Specific channel names in receive() must end at the !; got {name!r}")
         return True
@@ -75,7 +76,7 @@ class Names:
     def require_valid_group_name(self, name: object) -> bool:
         """Return ``True``, or raise ``TypeError`` naming the value and the rule."""
         if not (self.match_type_and_length(name) and self.group_name_regex.fullmatch(str(name))):
-            raise TypeError(f"{self.invalid_name_error.format('Group')}; got {reprlib.repr(name)}")
+            raise TypeError(f"{self.invalid_name_error.format('Group')}; got {shown(name)}")
         return True
 
     def non_local_name(self, name: str) -> str:
@@ -86,11 +87,11 @@ class Names:
     def _require_valid_prefix(self, prefix: object) -> None:
         if not (isinstance(prefix, str) and len(prefix) <= _LONGEST_PREFIX and self.group_name_regex.fullmatch(prefix)):
             rule = f"prefix must be a str of 1 to {_LONGEST_PREFIX} ASCII letters, digits, hyphens, underscores and periods"
-            raise TypeError(f"{rule}; got {reprlib.repr(prefix)}")
+            raise TypeError(f"{rule}; got {shown(prefix)}")
 
     def _require_valid_exclude(self, exclude: object) -> frozenset[str]:
         if isinstance(exclude, str | bytes) or not isinstance(exclude, Collection):
-            raise TypeError(f"exclude must be a collection of channel names, not {reprlib.repr(exclude)}")
+            raise TypeError(f"exclude must be a collection of channel names, not {shown(exclude)}")
         for name in exclude:
             self.require_valid_channel_name(name)
         return frozenset(exclude)
@@ -101,7 +102,7 @@ class Names:
         """Return the patterns of ``channel_capacity`` compiled, in order; a ``str`` is a glob."""
         if not isinstance(channel_capacity, Mapping):
             raise TypeError(
-                f"channel_capacity must be a mapping of patterns to capacities, not {reprlib.repr(channel_capacity)}"
+                f"channel_capacity must be a mapping of patterns to capacities, not {shown(channel_capacity)}"
             )
         compiled: list[tuple[re.Pattern[str], int]] = []
         for pattern, capacity in channel_capacity.items():

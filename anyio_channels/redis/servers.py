@@ -66,6 +66,8 @@ class RedisOptions:
         if not isinstance(self.cluster, bool):
             raise TypeError(f"cluster must be True or False, not {self.cluster!r}")
         object.__setattr__(self, "router", make_router(self.hosts, cluster=self.cluster))
+        if intervals := [one.address.keep_alive for one in self.router.servers if one.address.keep_alive is not None]:
+            object.__setattr__(self, "keep_alive", min(intervals))
 
     def figures(self) -> dict[str, int]:
         """Return what ``RedisLayerStatistics`` adds to the figures of every layer."""

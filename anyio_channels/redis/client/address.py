@@ -2,7 +2,8 @@
 
 Rules:
 - options are those that ``hosts`` of channels_redis and the URLs of the ``redis`` package have; the ``redis`` package parses
-  the query of a URL. An unknown option is a ``TypeError`` that lists the known ones.
+  the query of a URL. An unknown option is a ``TypeError`` that lists the known ones. One of theirs that means nothing here
+  is ignored, and named once in the log for each list of hosts.
 - TLS verifies the server's certificate and name unless it is told not to.
 - a password is in no ``repr``, log or error.
 - nothing is connected here; the files of TLS options are read at once, so that a missing one is told early.
@@ -22,6 +23,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from redis.connection import SSLConnection, parse_url
 from redis.credentials import CredentialProvider
 
+from anyio_channels.log import HOST_OPTIONS_IGNORED, shown
+
 Host = str | tuple[str, int] | list[Any] | dict[str, Any]
 """One entry of ``hosts``: a URL, ``(host, port)``, or a ``dict`` of options (``{"address": url, ...}`` or ``{"host": ...}``)."""
 
@@ -33,6 +36,7 @@ _TLS_OPTIONS: Final = frozenset(
     }
 )  # fmt: skip
 _SENTINEL_PORT: Final = 26379
+_MOST_SECONDS: Final = 10**9  # as of every option of a layer
 T = TypeVar("T")
 _SENTINEL_HOST: Final = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]@]+))(?::(\d{1,5}))?")
 
@@ -52,7 +56,10 @@ class Address:
     client_name: str | None = None
     timeout: float | None = None
     connect_timeout: float | None = None
+    keep_alive: float | None = None
     tls: ssl.SSLContext | None = field(default=None, repr=False)
+    ignored: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The names of options that were given and mean nothing here."""
 
     @property
     def name(self) -> str:
@@ -70,6 +77,11 @@ class SentinelAddress:
     master_name: str
     primary: Address
     """How to log in there; the sentinels say where it is."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """The names of options that were given and mean nothing here."""
+        return (*self.primary.ignored, *(name for one in self.sentinels for name in one.ignored))
 
 
 class SplitURL(NamedTuple):
@@ -95,7 +107,10 @@ def parse_hosts(hosts: Sequence[Host] | None) -> list[Address | SentinelAddress]
         raise TypeError("hosts must be a list of Redis hosts, even if there is only one")
     if not hosts:
         raise ValueError("hosts must name at least one Redis host; leave it out for redis://localhost:6379")
-    return [parse_host(host) for host in hosts]
+    addresses = [parse_host(host) for host in hosts]
+    if ignored := sorted({name for address in addresses for name in address.ignored}):
+        HOST_OPTIONS_IGNORED.write(options=", ".join(ignored))
+    return addresses
 
 
 def parse_host(host: Host) -> Address | SentinelAddress:
@@ -141,16 +156,15 @@ def _to_address(options: dict[str, Any]) -> Address:
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r} of a Redis host; there are: {', '.join(_OPTIONS)}")
-    values = {
-        name.removeprefix("socket_"): rule(name, options[name]) for name, rule in _RULES.items() if name in options
-    }
+    values = {_FIELDS.get(name, name): rule(name, options[name]) for name, rule in _RULES.items() if name in options}
     path = options.get("path") or options.get("unix_socket_path")
     with_tls = values.pop("ssl", False)
     if with_tls and path:
         raise ValueError("a Redis host on a unix socket has no TLS")
     if not with_tls and (unused := sorted(_TLS_OPTIONS & options.keys())):
         raise ValueError(f"{', '.join(unused)} of a Redis host have no effect without TLS: use rediss:// or ssl=True")
-    return Address(**values, path=path, tls=_tls_context(options) if with_tls else None)
+    ignored = tuple(name for name in options if name in _IGNORED)
+    return Address(**values, path=path, tls=_tls_context(options) if with_tls else None, ignored=ignored)
 
 
 # URLs
@@ -263,7 +277,7 @@ def _whole(least: int, most: int, name: str, value: object) -> int:
     with suppress(ValueError):
         if isinstance(value, int | str) and least <= int(value) <= most:
             return int(value)
-    raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {value!r}")
+    raise ValueError(f"{name} of a Redis host must be a whole number from {least} to {most}, not {shown(value)}")
 
 
 def _flag(name: str, value: object) -> bool:
@@ -276,16 +290,23 @@ def _flag(name: str, value: object) -> bool:
 def _seconds(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    with suppress(TypeError, ValueError):
-        if 0 < (seconds := float(value)) < float("inf"):
+    with suppress(TypeError, ValueError, OverflowError):
+        if 0 < (seconds := float(value)) <= _MOST_SECONDS:
             return seconds
-    raise ValueError(f"{name} of a Redis host must be a positive number of seconds, not {value!r}")
+    raise ValueError(
+        f"{name} of a Redis host must be a positive number of seconds, at most {_MOST_SECONDS}, not {shown(value)}"
+    )
+
+
+def _interval(name: str, value: Any) -> float | None:
+    return None if value == 0 else _seconds(name, value)  # 0 is the default of the redis package
 
 
 _RULES: Final[dict[str, Callable[[str, Any], Any]]] = {
     "client_name": partial(_only, str),
     "credential_provider": partial(_only, CredentialProvider),
     "db": partial(_whole, 0, 2**31),
+    "health_check_interval": _interval,
     "host": _host,
     "password": partial(_only, str),
     "port": partial(_whole, 1, 65535),
@@ -294,7 +315,21 @@ _RULES: Final[dict[str, Callable[[str, Any], Any]]] = {
     "ssl": _flag,
     "username": partial(_only, str),
 }
-_OPTIONS: Final = sorted({*_RULES, *_TLS_OPTIONS, "path", "unix_socket_path"})
+_FIELDS: Final = {
+    "health_check_interval": "keep_alive",
+    "socket_connect_timeout": "connect_timeout",
+    "socket_timeout": "timeout",
+}
+"""The fields of ``Address`` whose options are called otherwise."""
+_IGNORED: Final = frozenset(
+    {
+        "decode_responses", "driver_info", "encoder_class", "encoding", "encoding_errors", "lib_name", "lib_version",
+        "max_connections", "parser_class", "protocol", "retry", "retry_on_error", "retry_on_timeout", "socket_keepalive",
+        "socket_keepalive_options", "socket_read_size", "socket_type",
+    }
+)  # fmt: skip
+"""Options of the ``redis`` package, and so of channels_redis, that say how its connections work and not where they lead."""
+_OPTIONS: Final = sorted({*_RULES, *_TLS_OPTIONS, *_IGNORED, "path", "unix_socket_path"})
 """Every option a host entry accepts."""
 
 
@@ -309,7 +344,9 @@ def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
     )
     requirement = options.get("ssl_cert_reqs", "required")
     levels = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
-    level = levels.get(requirement) if isinstance(requirement, str) else requirement
+    level = requirement
+    if requirement is None or isinstance(requirement, str):  # the redis package takes None, and Celery CERT_NONE
+        level = levels.get(str(requirement).lower().removeprefix("cert_"))
     if not isinstance(level, ssl.VerifyMode):
         raise ValueError(f"ssl_cert_reqs must be one of {', '.join(map(repr, levels))}, not {requirement!r}")  # noqa: TRY004
     check = _flag("ssl_check_hostname", options.get("ssl_check_hostname", True))

@@ -38,6 +38,7 @@ from .setup import Setup
 
 __all__ = ["RedisChannelLayer"]
 
+_LONGEST_PREFIX: Final = 255
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
 
 
@@ -76,15 +77,15 @@ class RedisChannelLayer(OnRedis, AtHome):
         ``rediss://``, ``unix://``), a ``(host, port)`` pair, a ``dict`` of the ``redis`` package's options, or one with
         ``"sentinels"`` and ``"master_name"``. ``cluster``: they are nodes of one Redis Cluster. ``prefix``: of all keys.
         ``group_expiry``: seconds after which a membership ends that nobody renews; open inboxes renew theirs.
-        ``symmetric_encryption_keys``: the first encrypts, all decrypt. ``random_prefix_length``: bytes that make each entry
-        unique. ``serializer_format``: ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or fails.
-        ``connect_timeout``: seconds in which a connection is made. ``keep_alive``: seconds between signs of life on an idle
+        ``symmetric_encryption_keys``: the first encrypts, all decrypt. ``random_prefix_length``: up to 255 bytes that make
+        each entry unique. ``serializer_format``: ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or
+        fails. ``connect_timeout``: seconds in which a connection is made. ``keep_alive``: seconds between signs of life on an idle
         connection; one that is dead is noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this
         process, in seconds.
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
         """
-        require_count("random_prefix_length", random_prefix_length)
+        require_count("random_prefix_length", random_prefix_length, _LONGEST_PREFIX)
         if cluster and isinstance(prefix, str) and re.search("[{}]", prefix) and not _TAGGED.fullmatch(prefix):
             raise ValueError(
                 f"prefix in a Redis Cluster has no braces, or one whole tag as in '{{app}}', not {prefix!r}"
