@@ -6,6 +6,9 @@ Rules:
 - trouble that may come with each message goes through ``Troubles``, which writes one line when it begins and then a line now
   and then. There is no timer: a line is written by the next call after its time, or at closing.
 - no password and nothing out of a message is in a record.
+- a handler or filter of the application that raises costs the line, which may come in the middle of our own work, and
+  nothing else. It is shown as ``logging`` shows the errors that its own handlers catch: on standard error, unless
+  ``logging.raiseExceptions`` is off.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 import logging
 import math
 import reprlib
+import sys
 import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -50,9 +56,15 @@ class LogEvent:
         self._log(self.text, fields, exc_info)
 
     def _log(self, text: str, fields: dict[str, Any], exc_info: BaseException | bool | None = None) -> None:  # noqa: FBT001 - logging's
-        if _LOGGER.isEnabledFor(self.level):
-            extra = {PREFIX + name: fields[name] for name in self.fields}
+        if not _LOGGER.isEnabledFor(self.level):
+            return
+        extra = {PREFIX + name: fields[name] for name in self.fields}
+        try:
             _LOGGER.log(self.level, text, fields, extra={PREFIX + "event": self.name, **extra}, exc_info=exc_info)
+        except Exception:  # noqa: BLE001 - whatever a handler or filter raises
+            if logging.raiseExceptions and sys.stderr is not None:
+                with suppress(OSError):  # nobody reads standard error any more
+                    traceback.print_exc(file=sys.stderr)
 
 
 def said(error: BaseException) -> str:

@@ -65,6 +65,28 @@ _RECEIVING: Final = "tests/test_receiving.py"
 _SUBSCRIPTIONS: Final = "tests/test_subscriptions.py"
 
 MUTANTS: Final = (
+    # Logs and options
+    Mutant(
+        "log.py",
+        "        except Exception:  # noqa: BLE001 - whatever a handler or filter raises",
+        "        except OSError:",
+        "a log handler or filter that raises costs its line and nothing else",
+        "tests/test_log.py",
+    ),
+    Mutant(
+        "contract/options.py",
+        "    if value > MOST_SECONDS:",
+        "    if value > MOST_SECONDS * 10**9:",
+        "durations have an upper bound that every layer keeps",
+        "tests/test_base.py",
+    ),
+    Mutant(
+        "redis/client/address.py",
+        "if requirement is None or isinstance(requirement, str):",
+        "if isinstance(requirement, str):",
+        "ssl_cert_reqs=None is none, as for channels_redis",
+        "tests/test_address.py",
+    ),
     # What a name, a message and a capacity are
     Mutant(
         "contract/names.py",

@@ -300,6 +300,91 @@ async def test_told_of_an_outage_in_a_full_channel(server: RedisServer, lines: L
     assert [line["channel"] for line in lines.of(log.CHANNEL_DROPPED)] == [channel]
 
 
+class Broken(logging.Handler):
+    """A handler, or a filter, of an application, with a mistake in it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.calls = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.calls += 1
+        raise LookupError("the handler broke")
+
+    def refuse(self, record: logging.LogRecord) -> bool:
+        self.calls += 1
+        raise LookupError("the filter broke")
+
+
+@pytest.fixture(params=["handler", "filter"])
+def broken(request: pytest.FixtureRequest) -> Iterator[Broken]:
+    found = Broken()
+    logger = logging.getLogger("anyio_channels")
+    if request.param == "filter":
+        logger.addFilter(found.refuse)
+        yield found
+        logger.removeFilter(found.refuse)
+    else:
+        logger.addHandler(found)
+        yield found
+        logger.removeHandler(found)
+
+
+@pytest.mark.anyio
+async def test_a_handler_that_raises_costs_its_line(broken: Broken, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broadcast that logs has happened, and raises nothing; what broke is on standard error, as of any handler."""
+    layer = InMemoryChannelLayer(capacity=1)
+    async with layer, layer.subscribe("room") as inbox:
+        await layer.group_send("room", {"n": 1})
+        await layer.group_send("room", {"n": 2})
+        assert broken.calls == 1
+        assert await inbox.receive() == {"n": 1}
+        assert layer.statistics().dropped_full == 1
+    assert "LookupError: the" in capsys.readouterr().err
+
+
+class NobodyReads:
+    """Standard error whose other end is closed."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("how", ["quiet", "none", "closed"])
+def test_a_handler_that_raises_without_standard_error(
+    how: str, broken: Broken, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what broke cannot be shown, or should not be, it is not."""
+    if how == "quiet":
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+    else:
+        monkeypatch.setattr("sys.stderr", None if how == "none" else NobodyReads())
+    log.CONNECTION_FAILED.write(server="here", error="refused")
+    assert broken.calls == 1
+    monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+@both
+@pytest.mark.anyio
+async def test_a_handler_that_raises_ends_no_layer(kind: Kind, redis_server: RedisServer, broken: Broken) -> None:
+    """What is logged in the tasks of a layer does not end its block: it goes on as if the line were written."""
+    layer = kind.layer_class([redis_server.url], prefix=new_prefix())
+    async with layer, layer.subscribe("room") as inbox:
+        with redis_server.client() as client:
+            if kind is PUBSUB:
+                client.publish(inbox.channel, "\xc1")
+            else:
+                client.zadd(Names(layer.prefix).channel(inbox.channel), {f"{0:12d}\xc1": 2**40})
+        await until(lambda: layer.statistics().dropped_unreadable == 1)
+        await layer.send(inbox.channel, {"n": 1})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"n": 1}
+    assert broken.calls == 1
+
+
 @both
 @pytest.mark.anyio
 async def test_unreadable(kind: Kind, redis_server: RedisServer, lines: Lines) -> None:

@@ -79,8 +79,8 @@ class RedisChannelLayer(OnRedis, AtHome):
         ``group_expiry``: seconds after which a membership ends that nobody renews; open inboxes renew theirs.
         ``symmetric_encryption_keys``: the first encrypts, all decrypt. ``random_prefix_length``: up to 255 bytes that make
         each entry unique. ``serializer_format``: ``"msgpack"`` or ``"json"``. ``timeout``: seconds in which a call succeeds or
-        fails. ``connect_timeout``: seconds in which a connection is made. ``keep_alive``: seconds between signs of life on an idle
-        connection; one that is dead is noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this
+        fails. ``connect_timeout``: seconds in which a connection is made. ``keep_alive``: seconds between signs of life on an
+        idle connection; one that is dead is noticed within ``keep_alive + timeout``. ``clock``: what tells the time in this
         process, in seconds.
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
