@@ -65,6 +65,20 @@ _RECEIVING: Final = "tests/test_receiving.py"
 _SUBSCRIPTIONS: Final = "tests/test_subscriptions.py"
 
 MUTANTS: Final = (
+    Mutant(
+        "contract/message.py",
+        "        if len(body) > self._max_size:\n            self._require_size(body)\n",
+        "",
+        "max_message_size bounds what arrives",
+        _CODEC,
+    ),
+    Mutant(
+        "contract/message.py",
+        '        if self._is_json and body.count(b"[") + body.count(b"{") > MAX_DEPTH:\n            _require_depth(body)\n',
+        "",
+        "JSON that arrives is nested as deep as what is sent",
+        _CODEC,
+    ),
     # Logs and options
     Mutant(
         "log.py",

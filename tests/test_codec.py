@@ -299,6 +299,59 @@ def test_payloads_differ(options: dict[str, Any], length: int) -> None:
         assert {payload[length:] for payload in payloads} == {body}
 
 
+def bare(serializer_format: SerializerFormat, levels: int) -> bytes:
+    """A message nested so deep, with brackets in a string too, written by somebody who never heard of us."""
+    if serializer_format == "json":
+        return b'{"t":"[{\\"[","x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+    return b"\x82\xa1t\xa1[\xa1x" + b"\x91" * (levels - 2) + b"\x90"
+
+
+@pytest.mark.parametrize("serializer_format", FORMATS)
+def test_the_depth_of_what_arrives(serializer_format: SerializerFormat) -> None:
+    """What comes in may be nested as deep as what goes out, whatever stack it is read on."""
+    codec = payload_codec(serializer_format)
+    deepest = read(codec, bare(serializer_format, MAX_DEPTH))
+    assert codec.encode(deepest)
+
+    def at_depth(frames: int, body: bytes) -> dict[str, Any]:
+        return at_depth(frames - 1, body) if frames else read(codec, body)
+
+    for frames in (0, 300, 500):
+        assert at_depth(frames, bare(serializer_format, MAX_DEPTH)) == deepest
+        for levels in (MAX_DEPTH + 1, 700, 1200, 100_000):
+            with pytest.raises(Unreadable, match="it is nested|Recursion limit"):
+                at_depth(frames, bare(serializer_format, levels))
+
+
+@pytest.mark.parametrize("serializer_format", FORMATS)
+def test_the_size_of_what_arrives(serializer_format: SerializerFormat) -> None:
+    """max_message_size bounds what comes in as it bounds what goes out; the names that a body is addressed to do not count."""
+    largest = {"x": "y" * 900, "n": [1, 2]}
+    size = len(payload_codec(serializer_format).encode(largest))
+    codec = PayloadCodec(size, None, serializer_format=serializer_format)
+    body = codec.encode(largest)
+    assert codec.decode_body(body) == largest
+    names = [f"specific.{number:060d}!{number:x}" for number in range(1000)]
+    for key in (RESERVED_KEY, EXCLUDE_KEY):
+        for addressed_to in (names[0], names[:3], names[:20], names, ["a"], []):
+            found = codec.decode_body(codec.address(body, key, addressed_to))
+            assert found == {**largest, key: addressed_to}
+            peers = written_by_msgpack_or_json(serializer_format, {**largest, key: addressed_to})
+            assert codec.decode_body(peers) == found
+    for too_large in (
+        {"x": "y" * 901, "n": [1, 2]},
+        {**largest, "z": 1, RESERVED_KEY: names},
+        {**largest, "longer": "than may be", RESERVED_KEY: names},
+        {RESERVED_KEY: names[0], **largest},
+        {RESERVED_KEY: "y" * 2000},
+        {RESERVED_KEY: ["y" * 2000]},
+        {"x": f'"{RESERVED_KEY}": ["a"]' + "y" * 2000},
+        {"x": "y" * 2000, EXCLUDE_KEY: 5},
+    ):
+        with pytest.raises(Unreadable, match=f"it is .* bytes encoded; max_message_size of this layer is {size}"):
+            codec.decode_body(written_by_msgpack_or_json(serializer_format, too_large))
+
+
 @pytest.mark.parametrize(
     ("serializer_format", "body", "words"),
     [
@@ -327,7 +380,7 @@ def test_payloads_differ(options: dict[str, Any], length: int) -> None:
         ("json", b"{1: 2}", "it is no JSON: "),
         ("json", b'{"a": "\xff"}', "it is no JSON: "),
         ("json", b'{"a": ' + b"9" * 5000 + b"}", "it is no JSON: "),
-        ("json", b'{"v": ' + b"[" * 500_000, "it is no JSON: "),
+        ("json", b'{"v": ' + b"[" * 500_000, "it is nested deeper than 255 levels"),
         ("json", b"\x81\xa1a\x01", "it is no JSON: "),
         ("json", b"[]", "it holds a list, not a message"),
         ("json", b"5", "it holds a int, not a message"),
@@ -389,9 +442,8 @@ def test_too_deep_to_be_written_again(serializer_format: SerializerFormat) -> No
     with pytest.raises(Unreadable, match="it is nested too deep"):
         codec.encode_again(nested(100_000))
     if serializer_format == "msgpack":
-        message = codec.decode_body(b"\x81\xa1v" + b"\x91" * 300 + b"\x00")
         with pytest.raises(Unreadable, match="it is nested too deep"):
-            codec.encode_again(message)
+            codec.decode_body(b"\x81\xa1v" + b"\x91" * 300 + b"\x00")
 
 
 def test_tokens_expire() -> None:

@@ -300,6 +300,34 @@ async def test_told_of_an_outage_in_a_full_channel(server: RedisServer, lines: L
     assert [line["channel"] for line in lines.of(log.CHANNEL_DROPPED)] == [channel]
 
 
+@both
+@pytest.mark.parametrize("serializer_format", ["msgpack", "json"])
+@pytest.mark.anyio
+async def test_too_large_or_too_deep(
+    kind: Kind, serializer_format: Any, redis_server: RedisServer, lines: Lines
+) -> None:
+    """What a peer sends beyond the bounds of this layer is counted and logged; what keeps them, after it, is received."""
+    of_peer = {"prefix": new_prefix(), "serializer_format": serializer_format}
+    layer = kind.layer_class([redis_server.url], max_message_size=1000, **of_peer)
+    peer = kind.layer_class([redis_server.url], **of_peer)
+    depths = b'{"__asgi_channel__":"%s","x":' + b"[" * 400 + b"]" * 400 + b"}"
+    async with layer, peer, layer.subscribe("room") as inbox:
+        await peer.group_send("room", {"x": "y" * 1001})
+        await peer.send(inbox.channel, {"x": "y" * 16_000})
+        if serializer_format == "json":
+            with redis_server.client() as client:
+                body = depths.replace(b"%s", inbox.channel.encode())
+                if kind is PUBSUB:
+                    client.publish(inbox.channel, body)
+                else:
+                    client.zadd(Names(layer.prefix).channel(inbox.channel), {b" " * 12 + body: 2**40})
+        await until(lambda: layer.statistics().dropped_unreadable == (3 if serializer_format == "json" else 2))
+        await peer.group_send("room", {"x": "y" * 900})
+        with fail_after(PATIENCE):
+            assert await inbox.receive() == {"x": "y" * 900}
+    assert "max_message_size of this layer is 1000" in lines.of(log.MESSAGE_UNREADABLE)[0]["error"]
+
+
 class Broken(logging.Handler):
     """A handler, or a filter, of an application, with a mistake in it."""
 

@@ -8,7 +8,8 @@ Rules:
 - encoding copies: what the sender does to its dict afterwards reaches nobody, and each decoding is a fresh dict.
 - the bytes are MessagePack, or JSON where the user asks for it. What a message may hold is the same for both, but for
   ``bytes``, which JSON cannot carry.
-- bytes from outside this process may be anything: whatever is not a message is an ``Unreadable``, and nothing else.
+- bytes from outside this process may be anything: whatever is not a message is an ``Unreadable``, and nothing else. The
+  bounds of size and depth hold for them as for what is sent; the size is checked before anything is decoded.
 - pure functions: no I/O, no state, safe in every thread.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
@@ -120,6 +122,10 @@ class Codec:
 
     def decode_body(self, body: bytes) -> dict[str, Any]:
         """Return a fresh message from a body, reserved keys and all, or raise ``Unreadable``."""
+        if len(body) > self._max_size:
+            self._require_size(body)
+        if self._is_json and body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+            _require_depth(body)
         try:
             # A sentinel behind the body shows whether the body ends where it should: unpackb() does not look.
             message = json.loads(body) if self._is_json else _unpack_whole(body)
@@ -127,7 +133,18 @@ class Codec:
             raise Unreadable(f"it is no {'JSON' if self._is_json else 'MessagePack'}: {error}") from error
         if not isinstance(message, dict):
             raise Unreadable(f"it holds a {type(message).__name__}, not a message")
+        if not self._is_json and len(body) > MAX_DEPTH:  # a shorter one cannot be nested deeper
+            self.encode_again(message)
         return message
+
+    def _require_size(self, body: bytes) -> None:
+        """Raise ``Unreadable`` unless what makes ``body`` larger than a message may be is the names it is addressed to."""
+        # max_message_size does not count them. They are the last entry, as we and channels_redis write it.
+        size = max(body.rfind(RESERVED_KEY.encode()), body.rfind(EXCLUDE_KEY.encode()))
+        if size == -1 or (_JSON_NAMES if self._is_json else _NAMES).fullmatch(body, size) is None:
+            size = len(body) + _KEY_COSTS
+        if size > self._max_size + _KEY_COSTS:
+            raise Unreadable(f"it is {len(body)} bytes encoded; max_message_size of this layer is {self._max_size}")
 
     def encode_again(self, message: dict[str, Any]) -> bytes:
         """Return the body of a message that came out of Redis, or raise ``Unreadable``: not all that is read can be written."""
@@ -191,6 +208,27 @@ def _plain_key(key: object, where: str) -> str:
 
 class Unreadable(Exception):  # noqa: N818 - what the bytes are
     """These bytes are no message of ours; the text says why."""
+
+
+_KEY_COSTS: Final = 3
+"""At most so many bytes stand between a message and a reserved key behind it: a longer header, a separator."""
+_NAMES: Final = re.compile(
+    rb"__asgi_(?:channel|exclude)__(?:[\x90-\x9f]|\xdc..|\xdd....)?(?:(?:[\xa0-\xbf]|\xd9[\0-\x63])[\w.!-]{1,99}+)*+",
+    re.DOTALL,
+)
+_JSON_NAMES: Final = re.compile(rb'__asgi_(?:channel|exclude)__": *+\[?(?:"[\w.!-]{1,99}+"[, ]*+)*+\]?\}')
+"""A reserved key with names of channels, to the end of a body."""
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET: Final = re.compile(rb"[\[\]{}]")
+
+
+def _require_depth(body: bytes) -> None:
+    """Raise ``Unreadable`` for JSON nested deeper than ``MAX_DEPTH``, whatever the depth of the stack here or at the reader."""
+    depth = 0
+    for bracket in _BRACKET.findall(_STRING.sub(b"", body)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise Unreadable(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 _END: Final = os.urandom(16)
