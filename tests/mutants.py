@@ -55,6 +55,7 @@ _THREADS: Final = "tests/test_threads.py"
 _CODEC: Final = "tests/test_codec.py"
 _FAULTS: Final = "tests/test_redis_faults.py"
 _LAYERS: Final = "tests/test_redis_layers.py"
+_QUEUE: Final = "tests/test_redis_queue.py"
 _MOMENTS: Final = "tests/test_redis_moments.py"
 _CLUSTER: Final = "tests/test_redis_cluster.py"
 _SENTINEL: Final = "tests/test_redis_sentinel.py"
@@ -686,10 +687,52 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/scripts.py",
-        "if last and last >= now and last < now + 1 then score = last + 0.000001 end",
-        "if last and last >= now then score = last + 0.000001 end",
-        "a client whose clock runs ahead drags scores along by a second at most",
-        _LAYERS,
+        "redis.call('ZRANGE', key, now + expiry, now, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2])",
+        "redis.call('ZRANGE', key, now + 1, now, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2])",
+        "messages keep their order when the server's clock goes back by less than expiry",
+        f"{_QUEUE} -k clock",
+    ),
+    Mutant(
+        "redis/queue/scripts.py",
+        "redis.call('ZRANGE', key, now + expiry, now, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2])",
+        "redis.call('ZRANGE', key, '+inf', now, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2])",
+        "an entry with a foreign score is not followed",
+        f"{_QUEUE} -k clock",
+    ),
+    Mutant(
+        "redis/queue/scripts.py",
+        "math.min(math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000)), 1000000)",
+        "math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))",
+        "send(wait=True) does not take a score far ahead for room",
+        f"{_QUEUE} -k foreign",
+    ),
+    Mutant(
+        "redis/queue/scripts.py",
+        "redis.call('ZREM', KEYS[1], ARGV[3])\nfor i",
+        "for i",
+        "a cancelled receive loses nothing while Redis is out of memory",
+        f"{_QUEUE} -k memory",
+    ),
+    Mutant(
+        "redis/queue/layer.py",
+        'if wait and "!" in channel:',
+        "if False:",
+        "send(wait=True) to a process-specific channel is refused",
+        f"{_QUEUE} -k process",
+    ),
+    Mutant(
+        "redis/queue/layer.py",
+        "self._sent += request.reply >= 0",
+        "self._sent += 1",
+        "a cancelled send to a full channel is not counted",
+        f"{_QUEUE} -k counted",
+    ),
+    Mutant(
+        "redis/client/protocol.py",
+        "        if self.reply is not None or self.error is not None:\n            self.settle()",
+        "        if self.error is not None:\n            self.settle()",
+        "a call that is cancelled when its reply is there counts",
+        f"{_QUEUE} -k native",
     ),
     Mutant(
         "redis/queue/scripts.py",

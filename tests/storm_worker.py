@@ -20,6 +20,7 @@ from typing import Any
 
 import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
+from anyio.lowlevel import checkpoint
 from layers_on_redis import LayerOnRedis
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
@@ -201,7 +202,9 @@ class Worker:
             else:
                 channel = self.random.choice(inboxes if draw < 0.4 else [*SINGLE, *SHARED * 3])
                 for _ in range(self.random.randint(1, 3)):
-                    await sender.send(channel, lambda message: layer.send(channel, message, wait=wait), 1)
+                    await sender.send(
+                        channel, lambda message: layer.send(channel, message, wait=wait and "!" not in channel), 1
+                    )
 
         while self.left > 0:
             self.left -= 1
@@ -290,8 +293,10 @@ class Worker:
         async with create_task_group() as tasks:
             tasks.start_soon(read)
             while True:
-                await self.layer.send(channel, {"type": "begin"})
+                with CancelScope(shield=True):  # each is counted
+                    await self.layer.send(channel, {"type": "begin"})
                 self.books.accepted += 1
+                await checkpoint()
 
     async def drain(self, mine: list[str]) -> None:
         """Receive all that was sent before to the channels that nobody else reads."""
@@ -307,7 +312,7 @@ class Worker:
 
     async def drain_until_the_end(self, channel: str, ends: int) -> None:
         """Receive all that was sent to the channel before; so many workers do so with it, each for itself."""
-        await self.layer.send(channel, {"type": "end"}, wait=True)
+        await self.layer.send(channel, {"type": "end"}, wait="!" not in channel)
         self.books.accepted += 1
         while ends:
             message = await self.layer.receive(channel)

@@ -265,7 +265,7 @@ async def test_full_members_on_redis(kind: Kind, redis_server: RedisServer, line
     async with layer, layer.subscribe("room", capacity=1) as inbox:
         for number in range(10):
             await layer.group_send("room", {"n": number})
-            await layer.send(inbox.channel, {"n": number}, wait=True)
+            await layer.send(inbox.channel, {"n": number})
             await dropped_are(layer, 2 * number + 1)
         dropped = layer.statistics().dropped_full
     assert sum(counts(lines)) == dropped == 19

@@ -1027,24 +1027,6 @@ async def test_waiting_for_room_through_a_reconnect(server: RedisServer, monkeyp
         assert [await layer.receive("a"), await layer.receive("a")] == [{"n": 0}, {"n": 1}]
 
 
-async def test_room_made_at_once(server: RedisServer) -> None:
-    """Senders who wait for room in a process-specific channel are told of it also when one pop empties the channel.
-
-    The room meant is that in Redis; the inbox itself, which drops what it cannot hold, has enough.
-    """
-    layer = make(QUEUE, server.url, capacity=100, channel_capacity={"elsewhere": 1})
-    async with layer, layer.subscribe() as inbox, create_task_group() as tg:
-
-        async def send_all() -> None:
-            async with make(QUEUE, server.url, prefix=layer.prefix, capacity=1) as other:
-                for number in range(10):
-                    await other.send(inbox.channel, {"n": number}, wait=True)
-
-        tg.start_soon(send_all)
-        with fail_after(PATIENCE):
-            assert [(await inbox.receive())["n"] for _ in range(10)] == list(range(10))
-
-
 async def test_subscriptions_at_odd_moments(server: RedisServer) -> None:
     """A subscription cut off is made again; one given up while all are restored is ended; a channel dropped is listed again."""
     async with Proxy(server.host, server.port) as proxy, make(PUBSUB, proxy.url) as layer, create_task_group() as tg:

@@ -487,7 +487,7 @@ def test_many_forks_of_a_busy_process(place: Place) -> None:
 
         def talk(index):
             while not over.is_set():
-                layer.send(inbox.channel, {"from": "parent"}, wait=True)
+                layer.send(inbox.channel, {"from": "parent"})
                 counts[index] += 1
 
         with layer, layer.subscribe("room") as inbox:

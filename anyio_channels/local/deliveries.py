@@ -65,6 +65,8 @@ class Deliveries:
         """Whose deliveries these are; for its ``repr`` in the log."""
         self.unreadable: int = 0
         """How much came that was not a message."""
+        self.sent_late: int = 0
+        """How often ``publish`` was cancelled and happened all the same; for the transport to count, if it can know."""
 
     def deliver(self, topic: str, body: bytes, where: str | None = None) -> None:
         """Hand on a message that came. ``where``: what the log calls the topic, if not ``topic``."""

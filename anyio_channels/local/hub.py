@@ -422,7 +422,7 @@ class Hub(AtHome):
     def _figures(self) -> dict[str, int]:
         figures = self._here.figures()
         if self.transport is not None:
-            figures["sent"] = self._published
+            figures["sent"] = self._published + self._deliveries.sent_late
             figures["dropped_unreadable"] = self._deliveries.unreadable
             if get_ident() == self._home.thread:
                 self._deliveries.forget_ended()

@@ -37,7 +37,8 @@ class Transport(ABC):
     def publish(self, topic: str, body: bytes) -> Awaitable[object]:
         """Send ``body`` to all processes that subscribe to ``topic``; if cancelled, it was sent or was not.
 
-        A coroutine function, or a plain one that returns an awaitable.
+        A transport that learns later that a cancelled call was sent adds it to ``Deliveries.sent_late``. A coroutine function, or
+        a plain one that returns an awaitable.
         """
 
     @abstractmethod

@@ -27,7 +27,7 @@ from anyio_channels.local.deliveries import Deliveries, group_topic
 from anyio_channels.local.hub import Hub
 from anyio_channels.local.transport import Transport
 
-from .client import Connection, Host, Link, LinkEvents, Subscriptions, at_each
+from .client import Connection, Host, Link, LinkEvents, Request, Subscriptions, at_each
 from .duplicates import MARK_LENGTH, LastHeard, Marks
 from .servers import OnRedis, RedisLayerStatistics, RedisOptions, every, log_keep_alive
 from .wire import Names, PayloadCodec
@@ -85,7 +85,12 @@ class PubSub(Transport, LinkEvents):
         """Publish ``body``. Raises ``redis.ConnectionError``, saying whether it may have been sent, within ``timeout``."""
         name = self._name(topic)
         payload = self._codec.seal(body, self._marks.next() if self._options.cluster else None)
-        return self._router.owner(name, name).execute(self._publish, name, payload)
+        return self._router.owner(name, name).execute(self._publish, name, payload, late=self._published_late)
+
+    def _published_late(self, request: Request) -> None:
+        """Count what was published although its caller was cancelled."""
+        if request.error is None:
+            self._deliveries.sent_late += 1
 
     async def subscribe(self, topic: str) -> None:
         """Subscribe, and have Redis confirm it. Raises ``redis.ResponseError`` when Redis refuses."""

@@ -15,7 +15,7 @@ from .cluster import make_router
 from .connection import Connection
 from .errors import OUTAGE, ConnectionLost
 from .link import Link, LinkEvents, Script, Timeouts
-from .protocol import Argument, Request
+from .protocol import Argument, Done, Request
 from .router import Router
 from .sentinel import Sentinels
 from .server import Server
@@ -26,6 +26,7 @@ __all__ = [
     "Argument",
     "Connection",
     "ConnectionLost",
+    "Done",
     "Host",
     "Link",
     "LinkEvents",

@@ -27,7 +27,7 @@ from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
 from .errors import MAY_SEND_AGAIN
 from .link import Call, Link, LinkEvents, Script, Timeouts
-from .protocol import Argument, Parse
+from .protocol import Argument, Done, Parse
 from .router import Router
 from .server import Server
 
@@ -83,14 +83,20 @@ class ClusterLink(Link):
         target.send(call)
         return True
 
-    async def see_through(self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None) -> Any:
+    async def see_through(
+        self,
+        command: Sequence[Argument],
+        parse: Parse | None,
+        script: Script | None = None,
+        late: Done | None = None,
+    ) -> Any:
         """Send ``command`` to whoever owns its key, and wait for the reply, as ``execute`` says."""
         key = _key_of(command)
         give_up = time.monotonic() + self.timeout
         link: Link = self
         asking = False
         while True:
-            call = Call(command, parse, waits=True, asking=asking, link=link, script=script)
+            call = Call(command, parse, late, waits=True, asking=asking, link=link, script=script)
             try:
                 return await link.send_when_up(call, give_up)
             except (redis.exceptions.AskError, *MAY_SEND_AGAIN) as error:

@@ -223,13 +223,13 @@ class Connection:
 async def reply_to(request: Request) -> Any:
     """Wait for the reply to ``request``, which ``waits`` and was just sent, and return it or raise its error.
 
-    If cancelled, the request is abandoned: it was not written, or it may run and its reply is swallowed.
+    If cancelled, the request is abandoned: it was not written, or it may run and only ``done`` hears the reply.
     """
     if request.bell is not None:
         try:
             await request.bell.waiting
         except BaseException:
-            request.abandoned = True
+            request.abandon()
             raise
     if request.error is not None:
         raise request.error

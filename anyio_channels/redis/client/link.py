@@ -254,20 +254,24 @@ class Link:
 
     # Calls
 
-    def execute(self, *command: Argument, parse: Parse | None = None) -> Coroutine[Any, Any, Any]:
+    def execute(
+        self, *command: Argument, parse: Parse | None = None, late: Done | None = None
+    ) -> Coroutine[Any, Any, Any]:
         """Send ``command`` and return its reply, within ``timeout`` seconds, also if the connection is down at first.
 
         Raises what ``Connection.execute`` raises, and ``ConnectionLost`` when it does not come up in time. If cancelled,
-        the command was not sent, or it may run and its reply is swallowed.
+        the command was not sent, or it may run and its reply goes to ``late``, as to ``done`` of a ``Request`` that waits.
         """
-        return self.see_through(command, parse)
+        return self.see_through(command, parse, late=late)
 
-    def call(self, script: Script, keys: Sequence[str], *args: Argument) -> Coroutine[Any, Any, Any]:
+    def call(
+        self, script: Script, keys: Sequence[str], *args: Argument, late: Done | None = None
+    ) -> Coroutine[Any, Any, Any]:
         """Run ``script`` on ``keys`` and return what it returns.
 
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
-        return self.see_through(self._to_run(script, keys, args), script.parse, script)
+        return self.see_through(self._to_run(script, keys, args), script.parse, script, late)
 
     async def scan(self, pattern: str) -> set[bytes]:
         """Return all keys of this server that match ``pattern``; takes time in proportion to all keys of the database.
@@ -311,10 +315,14 @@ class Link:
             self.connection.send(call, timeout)
 
     def see_through(
-        self, command: Sequence[Argument], parse: Parse | None, script: Script | None = None
+        self,
+        command: Sequence[Argument],
+        parse: Parse | None,
+        script: Script | None = None,
+        late: Done | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """Send ``command``, at once if the link is up, and return what waits for the reply, as ``execute`` says."""
-        call = Call(command, parse, waits=True, link=self, script=script)
+        call = Call(command, parse, late, waits=True, link=self, script=script)
         if self.connection is None:
             return self.send_when_up(call, time.monotonic() + self.timeout)
         self.connection.send(call)

@@ -75,9 +75,10 @@ class Request:
     ``int`` takes an integer as it is, and nothing else.
     """
     done: Done | None = None
-    """Called with the request when it is settled; it must neither wait nor raise."""
+    """Called with the request when it is settled; it must neither wait nor raise. With ``waits``: see there."""
     waits: bool = False
-    """Whether the task that sends it waits for it: then ``bell`` is rung, and ``done`` not called."""
+    """Whether the task that sends it waits for it: then ``bell`` is rung, and ``done`` is called only if that task was
+    cancelled and the request is settled all the same; not for one that was never written, nor for a reply of ``None``."""
     bell: _Bell | None = None
     data: bytes = field(init=False)
     awaits: bytes | None = field(init=False)
@@ -105,6 +106,13 @@ class Request:
             self.bell.set()
         elif self.done is not None:
             self.done(self)
+
+    def abandon(self) -> None:
+        """The task that waited was cancelled: it is not written any more, or ``done`` hears what became of it."""
+        self.abandoned = True
+        self.bell = None
+        if self.reply is not None or self.error is not None:
+            self.settle()  # the answer came before the task could run again
 
     def begin_again(self) -> None:
         """Become as if it had never been sent."""

@@ -55,7 +55,6 @@ class BlockingPop(Source, LinkEvents):
         self._names = setup.names
         self._expiry = setup.expiry
         self._keep_alive = setup.options.keep_alive
-        self._least_capacity = setup.least_capacity
         self._router = setup.router
         self.link: Link = setup.router.second_link(commands, self)
         self._receiving = receiving
@@ -210,9 +209,8 @@ class BlockingPop(Source, LinkEvents):
         if start is not None:
             for entry, score in entries:
                 self._delivery.put_own(key, start, entry, score, now)
-            if not self._popped_many or len(entries) >= self._least_capacity:
-                # There may be more; or it may have been full, and senders may wait for room: that script tells them.
-                self._to_drain.add(key)
+            if not self._popped_many or len(entries) >= DRAIN:
+                self._to_drain.add(key)  # there may be more
         elif key in self.blocked:
             ((entry, score),) = entries
             self._receiving.popped(self, key, entry, score, now)

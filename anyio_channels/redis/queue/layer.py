@@ -26,13 +26,13 @@ from anyio_channels.exceptions import ChannelFull
 from anyio_channels.local.directory import Channel
 from anyio_channels.local.home import AtHome, Home
 from anyio_channels.log import GROUP_SEND_DROPPED, Troubles
-from anyio_channels.redis.client import ConnectionLost, Host, Link, Script, at_each
+from anyio_channels.redis.client import ConnectionLost, Done, Host, Link, Request, Script, at_each
 from anyio_channels.redis.servers import OnRedis, RedisLayerStatistics, RedisOptions
 from anyio_channels.redis.wire import Names, PayloadCodec
 from anyio_channels.wakeup import thread
 
 from .delivery import Popped
-from .scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING
+from .scripts import CLUSTERED, GROUP_MEMBERS, GROUP_SEND, SEND, SEND_WAITING, BroadcastReply
 from .session import Session
 from .setup import Setup
 
@@ -124,7 +124,6 @@ class RedisChannelLayer(OnRedis, AtHome):
             expiry=self.expiry,
             group_expiry=self.group_expiry,
             get_capacity=self.get_capacity,
-            least_capacity=min([self.capacity, *(capacity for _, capacity in self.channel_capacity)]),
             clock=clock,
             troubles=self._troubles,
         )
@@ -177,11 +176,17 @@ class RedisChannelLayer(OnRedis, AtHome):
 
         The capacity of a process-specific channel is shared, in Redis, by all channels of its process; they are emptied by that
         process as messages come. Raises ``redis.ConnectionError``, saying whether the message may have been sent, when Redis
-        does not answer within ``timeout`` seconds.
+        does not answer within ``timeout`` seconds. ``wait=True`` is a ``RuntimeError`` for a process-specific channel: only its
+        process knows whether there is room in its mailbox.
 
-        If cancelled, the message was sent or was not.
+        If cancelled, the message was sent or was not. One that was counts as ``sent`` as soon as Redis has said so.
         """
         self.require_valid_channel_name(channel)
+        if wait and "!" in channel:
+            raise RuntimeError(
+                f"send(wait=True) cannot wait for room in {channel!r}: on the queue layer only the process that reads a "
+                "process-specific channel knows its room; send to a normal channel (a name without '!'), or without wait=True"
+            )
         capacity = self.get_capacity(channel)
         body = self._codec.encode(message)
         if "!" in channel:
@@ -196,38 +201,72 @@ class RedisChannelLayer(OnRedis, AtHome):
         if wait:
             attempt = partial(self._send_or_wait, key=key, entry=entry, capacity=capacity)
             await self._told(self._session.senders.send(key, attempt))
-        elif await self._send_now(key, entry, capacity) < 0:
+        elif await self._send_now(key, entry, capacity, self._sent_late) < 0:
             raise ChannelFull(f"channel {channel!r} holds {capacity} unexpired messages, its capacity")
         self._sent += 1
 
-    async def _send_now(self, key: str, entry: bytes, capacity: int) -> int:
-        """Send, and return how many messages had expired there; -1 minus that if the channel is full, and it was not sent."""
+    async def _send_now(self, key: str, entry: bytes, capacity: int, late: Done) -> int:
+        """Send, and return how many messages had expired there; -1 minus that if the channel is full, and it was not sent.
+
+        ``late`` hears of the reply if this is cancelled.
+        """
         link = self._router.owner(key[len(self.prefix) :], key)
         try:  # as _told() does, without the call: for each message
             if self._router.clustered:
                 sent = self._names.sent(key)
-                reply: int = await link.call(CLUSTERED[SEND], [key], entry, capacity, self.expiry, sent)
+                reply: int = await link.call(CLUSTERED[SEND], [key], entry, capacity, self.expiry, sent, late=late)
             else:
-                reply = await link.call(SEND, [key], entry, capacity, self.expiry)
+                reply = await link.call(SEND, [key], entry, capacity, self.expiry, late=late)
         except ConnectionLost as error:
             self._raise_if_closed(error)
             raise
-        self._session.delivery.expired_elsewhere += reply if reply >= 0 else -1 - reply
+        self._session.delivery.expired_elsewhere += (
+            reply if reply >= 0 else -1 - reply
+        )  # as _note_expired(), without the call
         return reply
+
+    def _note_expired(self, reply: int) -> None:
+        self._session.delivery.expired_elsewhere += reply if reply >= 0 else -1 - reply
+
+    def _sent_late(self, request: Request) -> None:
+        """Count a send whose caller was cancelled, if it happened."""
+        if request.error is None:
+            self._note_expired(request.reply)
+            self._sent += request.reply >= 0
 
     async def _send_or_wait(self, link: Link, key: str, entry: bytes, capacity: int) -> int:
         """Send and return -1; or the milliseconds until the oldest message of the channel expires."""
         self._home.require_open()
         if self._router.clustered:
             expired, milliseconds = await self._call(
-                link, CLUSTERED[SEND_WAITING], [key], entry, capacity, self.expiry, self._names.sent(key)
+                link,
+                CLUSTERED[SEND_WAITING],
+                [key],
+                entry,
+                capacity,
+                self.expiry,
+                self._names.sent(key),
+                late=self._waited_late,
             )
         else:
             expired, milliseconds = await self._call(
-                link, SEND_WAITING, [key, self._names.room(key)], entry, capacity, self.expiry
+                link,
+                SEND_WAITING,
+                [key, self._names.room(key)],
+                entry,
+                capacity,
+                self.expiry,
+                late=self._waited_late,
             )
         self._session.delivery.expired_elsewhere += expired
         return int(milliseconds)
+
+    def _waited_late(self, request: Request) -> None:
+        """Count a send that waited for room and was cancelled, if it happened."""
+        if request.error is None:
+            expired, milliseconds = request.reply
+            self._session.delivery.expired_elsewhere += expired
+            self._sent += milliseconds < 0
 
     async def group_send(self, group: str, message: Message, *, exclude: Collection[str] = ()) -> None:
         """Send ``message`` to every member of ``group``, as ``BaseChannelLayer.group_send`` says.
@@ -266,7 +305,16 @@ class RedisChannelLayer(OnRedis, AtHome):
         if self._router.clustered:
             await self._send_to_slots(group, batch, arguments)
             return
-        reply = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments)
+
+        def late(request: Request) -> None:
+            if request.error is None:
+                self._count(group, batch, request.reply)
+
+        reply = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments, late=late)
+        self._count(group, batch, reply)
+
+    def _count(self, group: str, batch: dict[str, list[str]], reply: BroadcastReply) -> None:
+        """Keep the books of a broadcast to the members in ``batch``."""
         self._session.delivery.expired_elsewhere += reply.expired
         members = list(batch.values())
         self._sent += sum(map(len, members))
@@ -279,15 +327,23 @@ class RedisChannelLayer(OnRedis, AtHome):
         """Send to the members on one node of a cluster: a call for each key, all at the same time."""
         missed = 0
 
-        async def send(part: tuple[str, int, bytes]) -> None:
-            nonlocal missed
-            key, capacity, entry = part
-            reply = await self._send_now(key, entry, capacity)
-            if reply < 0:
-                missed += len(batch[key])
+        def count(key: str, reply: int) -> int:
+            """Keep the books of one reply, and return how many members missed the message."""
             if reply not in (0, -1):
                 self._session.memberships.remove_dead(group, batch[key])
             self._sent += len(batch[key])
+            return len(batch[key]) if reply < 0 else 0
+
+        async def send(part: tuple[str, int, bytes]) -> None:
+            nonlocal missed
+            key, capacity, entry = part
+
+            def late(request: Request) -> None:
+                if request.error is None:
+                    self._note_expired(request.reply)
+                    self._miss(group, count(key, request.reply))
+
+            missed += count(key, await self._send_now(key, entry, capacity, late))
 
         try:
             await at_each(send, list(zip(batch, arguments[::2], arguments[1::2], strict=True)))
@@ -460,8 +516,8 @@ class RedisChannelLayer(OnRedis, AtHome):
         self._troubles.look()
         return RedisLayerStatistics(**figures, **self.options.figures())
 
-    async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any) -> Any:
-        return await self._told(link.call(script, keys, *args))
+    async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any, late: Done | None = None) -> Any:
+        return await self._told(link.call(script, keys, *args, late=late))
 
 
 @lru_cache(maxsize=65536)

@@ -5,8 +5,10 @@ Rules:
 - the time is the server's.
 - a channel's key is a sorted set of entries by the time they were sent; a group's, of channel names by the time they joined.
 - what each returns is checked beside it, by a function that its replies go through.
-- two entries of a channel never have the same score: Redis would order them by their bytes, which begin at random. A client
-  whose clock runs ahead (channels_redis takes its own) drags the scores along, but by no more than a second.
+- two entries of a channel never have the same score: Redis would order them by their bytes, which begin at random.
+- a new entry comes after the newest one, even if that is ahead of the clock: the server's clock was set back, or a client
+  (channels_redis takes its own time) runs ahead. A score later than now + expiry is foreign and is not followed.
+- a number returned to the client becomes an integer of 64 bits, so what is computed from a score is bounded first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ __all__ = [
     "SEND",
     "SEND_WAITING",
     "TICK",
+    "BroadcastReply",
     "PoppedReply",
 ]
 
@@ -44,9 +47,9 @@ end
 
 _ADD: Final = """
 local function add(key, entry, expiry)
-  local last = tonumber(redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2])
+  local last = tonumber(redis.call('ZRANGE', key, now + expiry, now, 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')[2])
   local score = now
-  if last and last >= now and last < now + 1 then score = last + 0.000001 end
+  if last then score = last + 0.000001 end
   redis.call('ZADD', key, score, entry)
   redis.call('PEXPIRE', key, math.ceil(expiry * 1000))
 end
@@ -78,7 +81,7 @@ end
 _SAY_HOW_LONG: Final = """
 if not is_full then return {expired, -1} end
 local oldest = tonumber(redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
-return {expired, math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000))}
+return {expired, math.min(math.max(0, math.ceil((oldest + ARGV[3] - now) * 1000)), 1000000)}
 """
 _POP: Final = (
     _NOW
@@ -149,7 +152,7 @@ SEND: Final = Script.of(
 SEND_WAITING: Final = Script.of(
     # KEYS: channel, its room marker. ARGV: entry, capacity, expiry (seconds).
     # Returns how many messages had expired, and -1 when sent; if the channel is full, milliseconds until its oldest message
-    # expires, and pops will tell.
+    # expires (at most 1,000,000), and pops will tell.
     _SEND + _MARK + _SAY_HOW_LONG,
     _sent_or_wait,
 )
@@ -189,7 +192,9 @@ if expired > 0 or #popped > 0 then redis.pcall('SPUBLISH', ARGV[3], '') end
 
 GIVE_BACK: Final = Script.of(
     # KEYS: channel. ARGV: expiry (seconds), then score, entry, score, entry, ...
+    # The first call changes nothing, but behind it Redis, out of memory, does not refuse the others: see expire().
     """
+redis.call('ZREM', KEYS[1], ARGV[3])
 for i = 2, #ARGV, 2 do redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1]) end
 redis.call('PEXPIRE', KEYS[1], math.ceil(ARGV[1] * 1000))
 """

@@ -25,8 +25,6 @@ class Setup:
     expiry: float
     group_expiry: float
     get_capacity: Callable[[str], int]
-    least_capacity: int
-    """The smallest capacity that a channel may have."""
     clock: Callable[[], float]
     troubles: Troubles
 
