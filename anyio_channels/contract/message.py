@@ -133,8 +133,8 @@ class Codec:
             raise Unreadable(f"it is no {'JSON' if self._is_json else 'MessagePack'}: {error}") from error
         if not isinstance(message, dict):
             raise Unreadable(f"it holds a {type(message).__name__}, not a message")
-        if not self._is_json and len(body) > MAX_DEPTH:  # a shorter one cannot be nested deeper
-            self.encode_again(message)
+        if not self._is_json and len(body) - len(body.translate(None, _OPENS)) > MAX_DEPTH:
+            self.encode_again(message)  # it may be nested deeper than that; whoever packs it sees
         return message
 
     def _require_size(self, body: bytes) -> None:
@@ -210,6 +210,8 @@ class Unreadable(Exception):  # noqa: N818 - what the bytes are
     """These bytes are no message of ours; the text says why."""
 
 
+_OPENS: Final = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
+"""What a map or a list begins with in MessagePack; text and numbers may hold these bytes too."""
 _KEY_COSTS: Final = 3
 """At most so many bytes stand between a message and a reserved key behind it: a longer header, a separator."""
 _NAMES: Final = re.compile(
