@@ -242,6 +242,13 @@ POP_REFUSED: Final = LogEvent(
     ("layer", "error", "count", "seconds"),
     "%(error)s; readers go on waiting; %(count)d more times in the last %(seconds).0f s",
 )
+POP_FAILED: Final = LogEvent(
+    "pop.failed",
+    logging.WARNING,
+    "%(error)s; those who read it are told",
+    ("layer", "error", "count", "seconds"),
+    "%(error)s; those who read it are told; %(count)d more times in the last %(seconds).0f s",
+)
 GIVE_BACK_FAILED: Final = LogEvent(
     "give_back.failed",
     logging.WARNING,
@@ -341,10 +348,9 @@ LIFESPAN_UNSUPPORTED: Final = LogEvent(
 )
 
 EVENTS: Final[tuple[LogEvent, ...]] = (
-    GROUP_SEND_DROPPED, CHANNEL_DROPPED, CHANNEL_ENDED, MESSAGE_UNREADABLE, POP_REFUSED, GIVE_BACK_FAILED,
-    SUBSCRIPTION_REFUSED, MEMBERSHIP_REFUSED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, CONNECTION_LOST, CONNECTION_FAILED,
-    CONNECTION_RESTORED, HOST_OPTIONS_IGNORED, TELEMETRY_FAILED, EVENT_LOOP_FAILED, APP_FAILED_AFTER_RESPONSE,
-    APP_FAILED_AT_CLOSE, LIFESPAN_FAILED,
-    LIFESPAN_UNSUPPORTED,
+    GROUP_SEND_DROPPED, CHANNEL_DROPPED, CHANNEL_ENDED, MESSAGE_UNREADABLE, POP_REFUSED, POP_FAILED,
+    GIVE_BACK_FAILED, SUBSCRIPTION_REFUSED, MEMBERSHIP_REFUSED, CLOSE_UNFINISHED, KEEP_ALIVE_FAILED, CONNECTION_LOST,
+    CONNECTION_FAILED, CONNECTION_RESTORED, HOST_OPTIONS_IGNORED, TELEMETRY_FAILED, EVENT_LOOP_FAILED,
+    APP_FAILED_AFTER_RESPONSE, APP_FAILED_AT_CLOSE, LIFESPAN_FAILED, LIFESPAN_UNSUPPORTED,
 )  # fmt: skip
 """All that there are."""

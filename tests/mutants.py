@@ -575,8 +575,22 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/receiving.py",
-        'if self.is_closing or not isinstance(error, OUTAGE) or getattr(error, "may_have_run", False):',
-        "if self.is_closing or not isinstance(error, OUTAGE):",
+        "is_about_one_key = isinstance(error, ABOUT_ONE_NAME)",
+        "is_about_one_key = True",
+        "a refusal that is not about a key ends no reader's wait",
+        "tests/test_redis_refusals.py",
+    ),
+    Mutant(
+        "redis/client/server.py",
+        "if isinstance(ping.error, NOT_READY):",
+        "if ping.error is not None:",
+        "a layer opens where only PING is refused",
+        "tests/test_redis_refusals.py",
+    ),
+    Mutant(
+        "redis/queue/receiving.py",
+        'if self.is_closing or isinstance(error, ABOUT_ONE_NAME) or getattr(error, "may_have_run", False):',
+        "if self.is_closing or isinstance(error, ABOUT_ONE_NAME):",
         "what may have been given back is not given back again",
         _RECEIVING,
     ),
@@ -666,7 +680,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/session.py",
-        '            while self._fetches[link]:\n                await link.execute("PING")\n',
+        "            while self._fetches[link]:\n                await link.caught_up()\n",
         "",
         "closing waits for fetches under way, and gives back what they bring",
         f"{_MOMENTS} {_LAYERS} -k 'closing'",

@@ -521,14 +521,14 @@ async def test_keep_alive_and_closing_without_an_answer(server: RedisServer, lin
 
 @pytest.mark.anyio
 async def test_what_redis_refuses(server: RedisServer, lines: Lines) -> None:
-    """pop.refused, give_back.failed and membership.refused: keys of another type, and a user who may not write."""
+    """pop.failed, give_back.failed and membership.refused: keys of another type, and a user who may not write."""
     layer = QUEUE.layer_class([server.url], prefix=new_prefix())
     async with layer, create_task_group() as tg:
         inbox = await tg.start(hold_inbox, layer, "room")
         with server.client() as client:
             client.delete(Names(layer.prefix).channel(inbox.channel))
             client.set(Names(layer.prefix).channel(inbox.channel), "text")
-            await until(lambda: lines.of(log.POP_REFUSED))
+            await until(lambda: lines.of(log.POP_FAILED))
             client.delete(Names(layer.prefix).channel(inbox.channel))
             client.set(Names(layer.prefix).channel("a"), "text")
             client.delete(Names(layer.prefix).group("room"))
@@ -542,7 +542,7 @@ async def test_what_redis_refuses(server: RedisServer, lines: Lines) -> None:
         with server.client() as client:
             client.delete(Names(layer.prefix).channel("a"))
         tg.cancel_scope.cancel()
-    assert "WRONGTYPE" in lines.of(log.POP_REFUSED)[0]["error"]
+    assert "WRONGTYPE" in lines.of(log.POP_FAILED)[0]["error"]
     assert "WRONGTYPE" in lines.of(log.MEMBERSHIP_REFUSED)[0]["error"]
     assert lines.of(log.GIVE_BACK_FAILED)[0]["key"] == Names(layer.prefix).channel("a")
 

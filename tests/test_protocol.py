@@ -11,7 +11,12 @@ import redis.exceptions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyio_channels.redis.client.errors import ConnectionLost, ConnectionTimeout, to_error
+from anyio_channels.redis.client.errors import (
+    ConnectionLost,
+    ConnectionTimeout,
+    WrongTypeError,
+    to_error,
+)
 from anyio_channels.redis.client.protocol import MOST_ELEMENTS, Request, RespProtocol
 
 NAME = "Redis at there:1"
@@ -180,7 +185,11 @@ def test_a_push_of_the_wrong_shape(wire: bytes) -> None:
         ("TRYAGAIN Multiple keys request during rehashing of slot", redis.exceptions.TryAgainError),
         ("ERR max number of clients reached", redis.exceptions.ConnectionError),
         ("ERR unknown command 'HELLO'", redis.exceptions.ResponseError),
-        ("WRONGTYPE Operation against a key", redis.exceptions.ResponseError),
+        ("WRONGTYPE Operation against a key", WrongTypeError),
+        ("ERR ACL failure in script: No permissions to access a key", redis.exceptions.NoPermissionError),
+        ("ERR Error running script: @user_script:1: WRONGTYPE Operation against a key", WrongTypeError),
+        ("ERR Error running script: @user_script: 1: -NOPERM no", redis.exceptions.NoPermissionError),
+        ("ERR The user executing the script can't run this command", redis.exceptions.NoPermissionError),
         ("MOVED nowhere", redis.exceptions.ResponseError),
         ("ASK 1 2 3", redis.exceptions.ResponseError),
         ("MOVED", redis.exceptions.ResponseError),

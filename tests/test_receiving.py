@@ -17,6 +17,7 @@ from ormsgpack import packb
 from anyio_channels import RedisChannelLayer
 from anyio_channels.local.waiting import Mailroom, Waiter
 from anyio_channels.redis.client import ConnectionLost
+from anyio_channels.redis.client.errors import WrongTypeError
 from anyio_channels.redis.queue.channels import QueueChannel, QueueDirectory, State
 from anyio_channels.redis.queue.delivery import Delivery, Failure, Popped
 from anyio_channels.redis.queue.receiving import Receiving, Source
@@ -436,7 +437,7 @@ def test_what_redis_does_not_take_is_lost_and_counted(played: PlayedRedis) -> No
     played.put("left.a")
     gone_after(played, Reader(played.channel("left.a")))
     played.tidy()
-    played.answer("left", redis.exceptions.OutOfMemoryError("OOM"))
+    played.answer("left", redis.exceptions.NoPermissionError("NOPERM"))
     assert played.here.figures()["discarded"] == 1
 
 
@@ -453,7 +454,7 @@ def test_what_redis_may_have_taken_is_not_given_back_again(played: PlayedRedis) 
 def test_a_refusal_is_for_the_readers_of_that_channel(played: PlayedRedis) -> None:
     """A key that holds something else is told to those who read it, and to nobody else."""
     reader, other = Reader(played.channel("left.a")), Reader(played.channel("left.b"))
-    played.answer("left", redis.exceptions.ResponseError("WRONGTYPE"))
+    played.answer("left", WrongTypeError("WRONGTYPE"))
     played.answer("left")
     for one in (reader, other):
         one.run()
@@ -466,8 +467,8 @@ def test_a_refusal_that_names_no_key(played: PlayedRedis) -> None:
     readers = [Reader(played.channel(name)) for name in ("left.a", "left.b")]
     played.answer("left")
     played.answer("left")
-    played.receiving.fail_blocked(played.sources["left"], redis.exceptions.ResponseError("WRONGTYPE"))
-    played.answer("left", redis.exceptions.ResponseError("WRONGTYPE"))
+    played.receiving.source_refused(played.sources["left"], WrongTypeError("WRONGTYPE"))
+    played.answer("left", WrongTypeError("WRONGTYPE"))
     played.answer("left")
     for reader in readers:
         reader.run()
@@ -567,7 +568,7 @@ class ReceivingMachine(RuleBasedStateMachine):
     def answer(self, side: str, error: str | None) -> None:
         errors = {
             "READONLY": redis.exceptions.ReadOnlyError("READONLY"),
-            "WRONGTYPE": redis.exceptions.ResponseError("WRONGTYPE"),
+            "WRONGTYPE": WrongTypeError("WRONGTYPE"),
         }
         if self.redis.in_flight[side]:
             self.redis.answer(side, None if error is None else errors[error])
@@ -600,9 +601,8 @@ class ReceivingMachine(RuleBasedStateMachine):
         source = self.redis.sources[side]
         if side in self.redis.popping:
             return
-        self.redis.receiving.source_refused(source, redis.exceptions.ResponseError("UNBLOCKED"))
-        if fatal:
-            self.redis.receiving.fail_blocked(source, redis.exceptions.ResponseError("WRONGTYPE"))
+        error = WrongTypeError("WRONGTYPE") if fatal else redis.exceptions.ResponseError("UNBLOCKED")
+        self.redis.receiving.source_refused(source, error)
 
     @rule(side=st.sampled_from(["left", "right"]), may_have_run=st.booleans())
     def cut(self, side: str, may_have_run: bool) -> None:

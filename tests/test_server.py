@@ -267,7 +267,6 @@ LOADING = b"-LOADING Redis is loading the dataset in memory\r\n"
             redis.exceptions.ResponseError,
             "DB index",
         ),
-        (HELLO + b"+OK\r\n" * 2 + b"-NOPERM no permissions\r\n" + TIME, redis.exceptions.NoPermissionError, "NOPERM"),
         (HELLO + b"+OK\r\n" * 3 + b"-NOPERM no time\r\n", redis.exceptions.NoPermissionError, "NOPERM no time"),
         (
             b"-ERR unknown command `HELLO`, with args beginning with: `3`\r\n" + NOAUTH * 4,
@@ -315,6 +314,16 @@ async def test_what_is_not_redis(answers: bytes) -> None:
             redis.exceptions.ConnectionError, match=f"{NAME}: the connection ended: it does not answer as Redis would: "
         ):
             await server_at().shake_hands(connection)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("refusal", [b"-MISCONF Errors writing to disk\r\n", b"-NOPERM no permissions\r\n"])
+async def test_a_server_that_refuses_only_ping(refusal: bytes) -> None:
+    """What the work does not need may be refused: PING is asked only to hear whether the server is loading its data."""
+    stream = ScriptedStream()
+    async with serving(stream) as connection:
+        stream.answer(HELLO + b"+OK\r\n" * 2 + refusal + TIME)
+        await server_at(db=1).shake_hands(connection)
 
 
 @pytest.mark.anyio

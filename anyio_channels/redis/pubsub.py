@@ -111,7 +111,7 @@ class PubSub(Transport, LinkEvents):
 
     async def catch_up(self) -> None:
         """Wait until what was published before has come: it is in front of the answer, on the same connection."""
-        await at_each(lambda link: link.execute("PING"), self._router.links)
+        await at_each(Link.caught_up, self._router.links)
 
     # What the client tells
 

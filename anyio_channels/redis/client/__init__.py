@@ -13,7 +13,7 @@ from .address import Host, options_of, split_url
 from .at_each import at_each, try_each
 from .cluster import make_router
 from .connection import Connection
-from .errors import OUTAGE, ConnectionLost
+from .errors import ABOUT_ONE_NAME, ConnectionLost
 from .link import Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Done, Request
 from .router import Router
@@ -22,7 +22,7 @@ from .server import Server
 from .subscriptions import Subscriptions
 
 __all__ = [
-    "OUTAGE",
+    "ABOUT_ONE_NAME",
     "Argument",
     "Connection",
     "ConnectionLost",

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final
 
+import redis.exceptions
 from anyio import (
     BrokenResourceError,
     CancelScope,
@@ -160,6 +162,11 @@ class Connection:
         """
         # Not itself a coroutine function: one frame less for each reply to go through.
         return reply_to(self.submit(*command, parse=parse, waits=True))
+
+    async def caught_up(self) -> None:
+        """Wait until all that was sent before is answered. Raises ``ConnectionLost``."""
+        with suppress(redis.exceptions.ResponseError):  # PING is refused where others are not, as by MISCONF
+            await self.execute("PING")
 
     # The inside
 

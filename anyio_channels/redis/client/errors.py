@@ -4,17 +4,23 @@ Rules:
 - an error reply becomes the class that the ``redis`` package has for it; its text names the server.
 - a reply that will not come is a ``ConnectionLost``, which says whether the command may have run.
 - three questions have three answers, each defined here and nowhere else: whether a new server will be ready soon
-  (``NOT_READY``), whether a command that did not run may be sent again (``MAY_SEND_AGAIN``), and whether a reader should
-  wait (``OUTAGE``).
+  (``NOT_READY``), whether a command that did not run may be sent again (``MAY_SEND_AGAIN``), and whether a refusal is about
+  one key or Redis channel (``ABOUT_ONE_NAME``). Every other refusal, known or not, is an outage: readers wait.
 """
 
 from __future__ import annotations
 
+import re
 import ssl
 from contextlib import suppress
 from typing import Final
 
 import redis.exceptions
+
+
+class WrongTypeError(redis.exceptions.ResponseError):
+    """A key holds something else than the command is for."""
+
 
 _ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "ASK": redis.exceptions.AskError,
@@ -30,7 +36,10 @@ _ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "READONLY": redis.exceptions.ReadOnlyError,
     "TRYAGAIN": redis.exceptions.TryAgainError,
     "WRONGPASS": redis.exceptions.AuthenticationError,
+    "WRONGTYPE": WrongTypeError,
 }
+_IN_SCRIPT: Final = re.compile(r"(ACL failure in script|The user executing the script)|: -?(NOPERM|WRONGTYPE) ")
+"""How an error with the code ERR says that a command in a script was refused; the latter two are Redis 6's words."""
 
 
 class ConnectionLost(redis.exceptions.ConnectionError):
@@ -55,13 +64,8 @@ NOT_READY: Final = (redis.exceptions.BusyLoadingError, *_PASSING)
 """Refusals of a handshake that only mean *not yet*. ``READONLY`` is not among them: a replica stays one."""
 MAY_SEND_AGAIN: Final = (*_PASSING, redis.exceptions.ReadOnlyError, LinkRetired)
 """The command did not run, and the node that owns its key, which may be another one by now, will take it."""
-OUTAGE: Final = (
-    *_PASSING,
-    redis.exceptions.ConnectionError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.AskError,
-)
-"""Nothing is wrong with the command: readers wait. Lost connections are among them, for reading again does no harm."""
+ABOUT_ONE_NAME: Final = (redis.exceptions.NoPermissionError, WrongTypeError)
+"""Only this key or Redis channel is refused, and waiting does not cure it: whoever reads it is told, and nobody else."""
 
 
 def is_refusal(error: Exception) -> bool:
@@ -83,6 +87,8 @@ def to_error(text: str, server: str) -> redis.exceptions.RedisError:
         with suppress(ValueError):
             return _ERRORS[code](rest)
         code = "ERR"  # it does not say where to
+    if code == "ERR" and (found := _IN_SCRIPT.search(rest)) is not None:
+        code = "NOPERM" if found[1] else found[2]
     kind = _ERRORS.get(code, redis.exceptions.ResponseError)
     if rest == "max number of clients reached":
         kind = redis.exceptions.ConnectionError  # as in the redis package: another attempt may succeed

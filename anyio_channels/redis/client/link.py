@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha1
@@ -272,6 +273,11 @@ class Link:
         Raises what ``execute`` raises, and leaves behind what ``execute`` does.
         """
         return self.see_through(self._to_run(script, keys, args), script.parse, script, late)
+
+    async def caught_up(self) -> None:
+        """Wait until all that was sent before is answered, as ``execute`` does; a refusal is an answer."""
+        with suppress(redis.exceptions.ResponseError):  # PING is refused where others are not, as by MISCONF
+            await self.execute("PING")
 
     async def scan(self, pattern: str) -> set[bytes]:
         """Return all keys of this server that match ``pattern``; takes time in proportion to all keys of the database.

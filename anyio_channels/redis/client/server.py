@@ -20,6 +20,7 @@ from anyio.abc import ByteStream
 from . import replies
 from .address import Address
 from .connection import Connection, reply_to
+from .errors import NOT_READY
 from .protocol import Parse
 
 _LIBRARY: Final = "anyio_channels"
@@ -93,7 +94,7 @@ class Server:
         connection.submit("CLIENT", "SETINFO", "LIB-NAME", _LIBRARY)  # Redis 7.2; refusal does not matter
         if self.address.db:
             requests.append(connection.submit("SELECT", self.address.db))
-        requests.append(connection.submit("PING"))  # refused while loading, when TIME is not
+        ping = connection.submit("PING")  # refused while loading, when TIME is not
         requests.append(connection.submit("TIME", parse=replies.seconds, waits=True))
         with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
             await reply_to(requests[-1])
@@ -106,6 +107,8 @@ class Server:
                         f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
                     ) from error
                 raise
+        if isinstance(ping.error, NOT_READY):
+            raise ping.error  # any other refusal, as MISCONF, is of PING and writes, not of all that is needed
         connection.version, connection.is_primary = requests[0].reply
         now: float = requests[-1].reply
         return now

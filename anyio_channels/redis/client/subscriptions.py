@@ -4,6 +4,8 @@ Rules:
 - all that is wanted is subscribed to again before a new connection is used: many names in one command, and where one of
   them is forbidden, one by one, so that it does not keep the others away.
 - what is given up is unsubscribed in the order in which it was decided, so Redis sees it in that order.
+- only a refusal that is about a name is told to whoever wants that name. Any other is an outage: a connection on which what is
+  wanted cannot be subscribed to is given up, and made anew.
 - in a cluster subscriptions are sharded, and go where their slot goes; one command names only what is in one slot.
 """
 
@@ -19,6 +21,7 @@ import redis.exceptions
 from anyio import sleep
 
 from .connection import Connection
+from .errors import ABOUT_ONE_NAME, ConnectionLost
 from .link import Link
 from .protocol import Request
 from .router import Router
@@ -76,17 +79,25 @@ class Subscriptions:
     async def confirm(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has. Raises as ``Link.execute`` does.
 
-        If cancelled, the subscription is wanted still, and may be confirmed or not.
+        What Redis refuses for a while is tried again for ``timeout`` seconds, and then a ``ConnectionLost``. If cancelled, the
+        subscription is wanted still, and may be confirmed or not.
         """
         give_up = time.monotonic() + self.wanted[name].link.timeout
         while (subscription := self.wanted.get(name)) is not None and not subscription.confirmed:
             link = subscription.link
             try:
                 await link.execute(self._subscribe, name)
-            except self._router.passing as error:
-                if time.monotonic() > give_up:
+            except redis.exceptions.RedisError as error:
+                is_passing = isinstance(error, self._router.passing)
+                is_refusal = isinstance(error, redis.exceptions.ResponseError) and not isinstance(error, ABOUT_ONE_NAME)
+                if not (is_passing or is_refusal):
                     raise
-                self._router.follow(error)
+                if time.monotonic() > give_up:
+                    if not is_passing:
+                        self._give_up(link, error)
+                    raise ConnectionLost(f"{name!r} cannot be subscribed to: {error}", may_have_run=False) from error
+                if is_passing:
+                    self._router.follow(error)
                 await sleep(_PAUSE)
                 self._renew(name)
                 continue
@@ -121,8 +132,13 @@ class Subscriptions:
     def _fail(self, name: str, error: Exception) -> None:
         if isinstance(error, self._router.passing):
             self._router.follow(error)
-        elif isinstance(error, redis.exceptions.ResponseError):
+        elif isinstance(error, ABOUT_ONE_NAME):
             self._on_refused(name, error)
+        elif isinstance(error, redis.exceptions.ResponseError):
+            self._give_up(self.wanted[name].link, error)
+
+    def _give_up(self, link: Link, error: Exception) -> None:
+        link.reconnect(f"it does not subscribe: {error}")
 
     # What happens to links and servers
 
@@ -132,6 +148,9 @@ class Subscriptions:
         refused = await self._restore(connection, wanted, self._at_once)
         if self._at_once > 1 and refused:
             refused = await self._restore(connection, {name: wanted[name] for name in refused}, 1)
+        for error in refused.values():
+            if not isinstance(error, (*self._router.passing, *ABOUT_ONE_NAME)):
+                raise error  # the connection is not used, but made anew
         for name, error in refused.items():
             self._fail(name, error)
 
@@ -142,7 +161,7 @@ class Subscriptions:
         names = list(wanted)
         pieces = [names[start : start + at_once] for start in range(0, len(names), at_once)]
         requests = [connection.submit(self._subscribe, *piece) for piece in pieces]
-        await connection.execute("PING")  # they are answered when this is
+        await connection.caught_up()
         refused: dict[str, Exception] = {}
         for piece, request in zip(pieces, requests, strict=True):
             if request.error is not None:

@@ -21,7 +21,16 @@ from typing import Any, Final
 import redis.exceptions
 from anyio import Event
 
-from anyio_channels.redis.client import OUTAGE, Argument, Connection, ConnectionLost, Link, LinkEvents, Request, replies
+from anyio_channels.redis.client import (
+    ABOUT_ONE_NAME,
+    Argument,
+    Connection,
+    ConnectionLost,
+    Link,
+    LinkEvents,
+    Request,
+    replies,
+)
 
 from .channels import QueueChannel
 from .delivery import DRAIN, Delivery
@@ -66,6 +75,7 @@ class BlockingPop(Source, LinkEvents):
         self.popping: bool = False
         self.waking: bool = False
         self.refused: bool = False
+        self._in_outage = False  # refused, and not served since
         self.pops_many: bool = False
         self._popped_many = False
         self._to_drain: set[str] = set()
@@ -194,11 +204,13 @@ class BlockingPop(Source, LinkEvents):
         if isinstance(error, ConnectionLost):
             return  # it goes on when the connection is up
         if error is not None:
+            if not self._in_outage and not isinstance(error, ABOUT_ONE_NAME):
+                self._in_outage = True
+                self._on_gap()  # others were refused too, or the data is another server's by now
             self.refused = True
             self._receiving.source_refused(self, error)
-            if not isinstance(error, OUTAGE):
-                self._receiving.fail_blocked(self, error)
             return
+        self._in_outage = False
         if request.reply is not None:
             self._hand_on(*request.reply)
         self._pop()
@@ -220,6 +232,9 @@ class BlockingPop(Source, LinkEvents):
     def _drained(self, key: str, request: Request) -> None:
         if request.error is not None:
             self._to_drain.add(key)
+            if isinstance(request.error, ABOUT_ONE_NAME):
+                # The pop over this and other keys does not tell which of them was refused.
+                self._receiving.source_refused(self, request.error, key)
             return
         if self._delivery.drained(key, self.own[key], request.reply):
             self._to_drain.add(key)

@@ -13,7 +13,7 @@ from functools import partial
 
 from anyio import Event
 
-from anyio_channels.redis.client import OUTAGE, ConnectionLost, Request, Subscriptions
+from anyio_channels.redis.client import ConnectionLost, Request, Subscriptions
 
 from .channels import QueueChannel
 from .delivery import DRAIN, Delivery
@@ -95,11 +95,8 @@ class Notices(Source):
         error = request.error
         if error is None:
             more = self._delivery.drained(key, self.own[key], request.reply) or more
-        else:
-            if not isinstance(error, OUTAGE):
-                self._delivery.fail_own([key], error)
-            if not isinstance(error, ConnectionLost):
-                self._receiving.source_refused(self, error)
+        elif not isinstance(error, ConnectionLost):
+            self._receiving.source_refused(self, error, key)
         if more:
             self._drain(key)
         elif not self._draining and self._ended is not None:

@@ -8,6 +8,8 @@ Rules:
 - events come in as calls of plain functions; what is wanted goes out as calls of ``Requests`` and ``Source``, which answer
   by further events, some of them before the call returns.
 - a reader may leave while the lock is held. What it leaves behind is put in order soon afterwards, by ``tidy``.
+- a refusal is an outage: readers wait, and it is tried again after a pause. Only one that is about a key (``ABOUT_ONE_NAME``)
+  is told to the readers of that key, and to nobody else.
 - a refusal at one server delays nothing at another: what cannot be given back now is parked until that server is there.
 """
 
@@ -17,8 +19,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from anyio_channels.log import POP_REFUSED, Troubles, said
-from anyio_channels.redis.client import OUTAGE, ConnectionLost
+from anyio_channels.log import POP_FAILED, POP_REFUSED, Troubles, said
+from anyio_channels.redis.client import ABOUT_ONE_NAME, ConnectionLost
 
 from .channels import QueueChannel, State
 from .delivery import Delivery, Popped
@@ -169,11 +171,12 @@ class Receiving:
         self._go_on(channel)
 
     def refused(self, channel: QueueChannel, error: Exception) -> None:
-        """A fetch failed. If that passes, readers wait; else those of this channel are told."""
-        if not isinstance(error, OUTAGE):
-            self._delivery.fail(channel, error)
-        elif not isinstance(error, ConnectionLost):
-            self.source_refused(self._requests.source_of(channel), error)
+        """A fetch failed."""
+        if not isinstance(error, ConnectionLost):
+            if self._is_about_one_key(error):
+                self._delivery.fail(channel, error)
+            else:
+                self._requests.after(_PAUSE, self._requests.source_of(channel).try_again)
         self._go_on(channel)
 
     def _go_on(self, channel: QueueChannel) -> None:
@@ -226,24 +229,31 @@ class Receiving:
         if channel.demand:
             self.begin(channel)  # somebody came meanwhile
 
-    def source_refused(self, source: Source, error: Exception) -> None:
-        """A source was refused for a while: its readers wait, and it is tried again after a pause."""
-        self._troubles.note(POP_REFUSED, error=said(error))
-        self._requests.after(_PAUSE, source.try_again)
+    def source_refused(self, source: Source, error: Exception, key: str | None = None) -> None:
+        """A source was refused, over ``key``, one of ``own``, or over all of its keys: it is tried again after a pause.
 
-    def fail_blocked(self, source: Source, error: Exception) -> None:
-        """A source was refused because of one of its keys. Whose it is shows when they are fetched one by one."""
-        channels = list(source.blocked.values())
+        If one of many keys is the reason, whose it is shows when they are fetched one by one.
+        """
+        self._requests.after(_PAUSE, source.try_again)
+        if not self._is_about_one_key(error):
+            return
+        channels = list(source.blocked.values()) if key is None else []
         if not channels:
-            self._delivery.fail_own(source.own, error)
+            self._delivery.fail_own(source.own if key is None else [key], error)
         for channel in channels:
             self.released(source, channel)
+
+    def _is_about_one_key(self, error: Exception) -> bool:
+        """Log a refusal; return whether readers are to be told, and not to wait: decided here for all sources."""
+        is_about_one_key = isinstance(error, ABOUT_ONE_NAME)
+        self._troubles.note(POP_FAILED if is_about_one_key else POP_REFUSED, error=said(error))
+        return is_about_one_key
 
     def gave_back(self, channel: QueueChannel, items: Sequence[Popped], now: float, error: Exception | None) -> None:
         """A give-back is over, by the server's time ``now``."""
         if error is None:
             return
-        if self.is_closing or not isinstance(error, OUTAGE) or getattr(error, "may_have_run", False):
+        if self.is_closing or isinstance(error, ABOUT_ONE_NAME) or getattr(error, "may_have_run", False):
             self._delivery.lose(channel, items, error)
             return
         for item in items:

@@ -134,7 +134,7 @@ class Session(LinkEvents):
             if isinstance(source, BlockingPop):
                 await source.until_ended()
             while self._fetches[link]:
-                await link.execute("PING")
+                await link.caught_up()
             await link.ready()
             for channel, popped in [late for late in self.receiving.late if self.link_of(late[0].key) is link]:
                 self.give_back(channel, [popped])
@@ -143,7 +143,7 @@ class Session(LinkEvents):
             else:
                 for key in self.notices.own:
                     link.submit("UNLINK", key)
-                await link.execute("PING")
+                await link.caught_up()
         except redis.exceptions.RedisError as error:
             CLOSE_UNFINISHED.write(layer=repr(self._setup.layer), server=link.name, error=said(error))
 
@@ -302,7 +302,7 @@ class Session(LinkEvents):
         found = await link.scan(glob_escaped(self._names.prefix) + "*")
         for key in keys_of(self._names.prefix.encode(), found):
             link.submit("UNLINK", key)
-        await link.execute("PING")
+        await link.caught_up()
         with move_on_after(self._setup.options.timeout):
             await self.sources[link].until_ended()
 
