@@ -581,6 +581,20 @@ MUTANTS: Final = (
         "tests/test_redis_refusals.py",
     ),
     Mutant(
+        "redis/client/connection.py",
+        "if oldest is not None and oldest.written_at + oldest.patience <= now:",
+        "if any(one.due <= now for one in self._protocol.pending):",
+        "a caller without any time left does not end the connection",
+        "tests/test_connection.py",
+    ),
+    Mutant(
+        "redis/client/connection.py",
+        "                await sleep(max(_LOOK, min(now - until, self.timeout)))\n",
+        "",
+        "a loop that stood still reads what has come before anything is late",
+        "tests/test_connection.py",
+    ),
+    Mutant(
         "redis/client/server.py",
         "if isinstance(ping.error, NOT_READY):",
         "if ping.error is not None:",

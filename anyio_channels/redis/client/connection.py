@@ -4,7 +4,10 @@ Rules:
 - one reader and one writer. The writer sends all that is queued in one write (implicit pipelining); the reader never waits
   for the writer or for whoever is told: replies wake their callers, pushes are handed to a plain function.
 - every decision is in a plain function: ``submit`` never waits, and ``execute`` only waits for what it submitted.
-- one task watches the time-outs of all requests: it sleeps until the oldest is due, not once for each request.
+- a time-out ends the wait of its caller and nothing else. The connection ends when the oldest request was not answered for
+  its time since it was *written*: what waited for the connection before, or has little time left, costs others nothing.
+- one task watches the time-outs of all requests: it sleeps until the first is due, not once for each request. An event loop
+  that stood still reads what has come meanwhile before anything is found to be late.
 - a cancelled caller leaves its request behind: if it was not written yet it never is, else its reply is swallowed.
 """
 
@@ -24,6 +27,7 @@ from anyio import (
     aclose_forcefully,
     create_task_group,
     move_on_after,
+    sleep,
 )
 from anyio.abc import ByteStream
 
@@ -33,6 +37,8 @@ from .errors import ConnectionLost, ConnectionTimeout
 from .protocol import Argument, Done, Parse, Request, RespProtocol
 
 _CHUNK: Final = 65536
+_LOOK: Final = 0.01
+"""Seconds, at least, for the reader to read what has come, before anything is found to be late."""
 
 
 class Connection:
@@ -44,7 +50,7 @@ class Connection:
     def __init__(
         self, stream: ByteStream, server: str, *, timeout: float, on_push: Callable[[list[Any]], object] | None = None
     ) -> None:
-        """``server``: the name used in error messages. ``timeout``: seconds a request may take until the connection ends.
+        """``server``: the name used in error messages. ``timeout``: seconds in which a request that was written is answered.
 
         ``on_push`` is called with each push that confirms nothing; it must not wait.
         """
@@ -120,11 +126,14 @@ class Connection:
     def send(self, request: Request, timeout: float | None = None) -> None:
         """Queue ``request`` and return at once; it is settled when it is answered, or never will be.
 
-        On a connection that has ended it is settled before this returns. ``timeout``: seconds, if not those of the
-        connection.
+        On a connection that has ended it is settled before this returns. ``timeout``: seconds in which a caller who waits has
+        the reply or a ``ConnectionTimeout``, if not those of the connection; if they are more, Redis too may take so long.
         """
         self.commands += 1
-        request.due = time.monotonic() + (self.timeout if timeout is None else timeout)
+        own = self.timeout if timeout is None else timeout
+        request.due = time.monotonic() + own
+        if request.patience < own or request.patience < self.timeout:
+            request.patience = max(own, self.timeout)
         protocol = self._protocol
         if protocol.ended:
             request.error = protocol.lost(may_have_run=False)
@@ -208,23 +217,52 @@ class Connection:
                 self._writer_bell = bell = thread.state.new_bell()[0]
                 await bell.waiting
                 self._writer_bell = None
-            data = protocol.data_to_send()
+            data = protocol.data_to_send(time.monotonic())
             if data:
+                if self._watch_until > time.monotonic() + self.timeout and self._watch_bell is not None:
+                    self._watch_bell.set()  # nothing written now is late before that
                 await stream.send(data)
 
     async def _watch(self) -> None:
-        """Sleep until the oldest request is due, and end the connection if it is still there then."""
-        while True:
-            now = time.monotonic()
-            oldest = min((request.due for request in self._protocol.pending), default=float("inf"))
-            if oldest <= now:
-                self.end("the server did not answer in time", kind=ConnectionTimeout)
-                return
-            self._watch_until = oldest
+        """Sleep until something may be late, let the reader read what has come, and end what is late then."""
+        while not self.ended:
+            until = self._first_due(now := time.monotonic())
+            if until <= now:
+                # The loop may have stood still: it gets as long again, and the reader its turn.
+                await sleep(max(_LOOK, min(now - until, self.timeout)))
+                self._end_what_is_late(now)  # what became late meanwhile gets as much
+                continue
+            self._watch_until = until
             self._watch_bell = bell = thread.state.new_bell()[0]
-            with move_on_after(oldest - now):
+            with move_on_after(until - now):
                 await bell.waiting
             self._watch_bell = None
+
+    def _first_due(self, now: float) -> float:
+        """Return when something may be late. What is late behind the oldest request is so only when that is answered."""
+        oldest = self._protocol.oldest
+        first = float("inf")
+        for request in self._protocol.pending:
+            if request.waits and not request.abandoned:
+                first = min(first, request.due)
+            if request.written:
+                late_at = request.written_at + request.patience
+                if late_at > now or request is oldest:
+                    first = min(first, late_at)
+        return first
+
+    def _end_what_is_late(self, now: float) -> None:
+        oldest = self._protocol.oldest
+        if oldest is not None and oldest.written_at + oldest.patience <= now:
+            self.end("the server did not answer in time", kind=ConnectionTimeout)
+            return
+        for request in tuple(self._protocol.pending):
+            if request.waits and not request.abandoned and request.due <= now:
+                request.abandoned = True  # its reply is swallowed, or it is never written
+                request.error = ConnectionTimeout(
+                    f"{self.server}: the server did not answer in time", may_have_run=request.written
+                )
+                request.settle()
 
 
 async def reply_to(request: Request) -> Any:

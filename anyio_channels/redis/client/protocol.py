@@ -84,10 +84,14 @@ class Request:
     awaits: bytes | None = field(init=False)
     confirmations: int = field(init=False)
     due: float = 0.0
-    """When it must be answered, by the driver's clock."""
+    """When the wait for its reply ends, by the driver's clock."""
+    patience: float = 0.0
+    """Seconds from being written in which it must be answered, if it is the oldest."""
     reply: Any = None
     error: Exception | None = None
     written: bool = False
+    written_at: float = 0.0
+    """When it was written, by the driver's clock."""
     abandoned: bool = False
     asking: bool = False
     """Whether a cluster's ASKING goes in front of it: then its owner looks at its success too, in ``settle``."""
@@ -150,13 +154,19 @@ class RespProtocol:
         yield from self._in_flight
         yield from self.queue
 
-    def data_to_send(self) -> bytes:
-        """Return the bytes of all that is queued and still wanted; from now on it may have run."""
+    @property
+    def oldest(self) -> Request | None:
+        """The request that Redis is to answer next."""
+        return self._in_flight[0] if self._in_flight else None
+
+    def data_to_send(self, now: float = 0.0) -> bytes:
+        """Return the bytes of all that is queued and still wanted; from ``now`` on it may have run."""
         queue = self.queue
         self.queue = []
         batch = [request for request in queue if not request.abandoned]
         for request in batch:
             request.written = True
+            request.written_at = now
         self._in_flight.extend(batch)
         return batch[0].data if len(batch) == 1 else b"".join([request.data for request in batch])
 
