@@ -25,7 +25,7 @@ from redis.crc import key_slot
 from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
-from .errors import MAY_SEND_AGAIN
+from .errors import MAY_SEND_AGAIN, Unreachable
 from .link import Call, Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Done, Parse
 from .router import Router
@@ -148,7 +148,7 @@ class Cluster(Router):
 
     async def _find_links(self) -> None:
         """Ask the first nodes who owns what."""
-        error: Exception = redis.exceptions.ConnectionError(f"{self.name} did not answer in time")
+        error: Exception = Unreachable(f"{self.name} did not answer in time")
         with move_on_after(self._timeouts.connect_timeout):
             while not self.links:
                 try:

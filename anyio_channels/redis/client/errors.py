@@ -18,11 +18,25 @@ from typing import Final
 import redis.exceptions
 
 
+class Shown(redis.exceptions.RedisError):
+    """An error whose ``repr`` has its text: that of redis 8 has only a category and the name of the class."""
+
+    __repr__ = Exception.__repr__
+
+
+class Unreachable(Shown, redis.exceptions.ConnectionError):
+    """A server cannot be used now."""
+
+
 class WrongTypeError(redis.exceptions.ResponseError):
     """A key holds something else than the command is for."""
 
 
-_ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
+def _shown(kind: type[redis.exceptions.RedisError]) -> type[redis.exceptions.RedisError]:
+    return type(kind.__name__, (Shown, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+_KINDS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "ASK": redis.exceptions.AskError,
     "CLUSTERDOWN": redis.exceptions.ClusterDownError,
     "CROSSSLOT": redis.exceptions.ClusterCrossSlotError,
@@ -38,11 +52,13 @@ _ERRORS: Final[dict[str, type[redis.exceptions.RedisError]]] = {
     "WRONGPASS": redis.exceptions.AuthenticationError,
     "WRONGTYPE": WrongTypeError,
 }
+_ERRORS: Final = {code: _shown(kind) for code, kind in _KINDS.items()}
+_OTHER: Final = _shown(redis.exceptions.ResponseError)
 _IN_SCRIPT: Final = re.compile(r"(ACL failure in script|The user executing the script)|: -?(NOPERM|WRONGTYPE) ")
 """How an error with the code ERR says that a command in a script was refused; the latter two are Redis 6's words."""
 
 
-class ConnectionLost(redis.exceptions.ConnectionError):
+class ConnectionLost(Unreachable):
     """The reply will not come; the text says which server, why, and whether the command may have run."""
 
     def __init__(self, text: str, *, may_have_run: bool) -> None:
@@ -89,7 +105,7 @@ def to_error(text: str, server: str) -> redis.exceptions.RedisError:
         code = "ERR"  # it does not say where to
     if code == "ERR" and (found := _IN_SCRIPT.search(rest)) is not None:
         code = "NOPERM" if found[1] else found[2]
-    kind = _ERRORS.get(code, redis.exceptions.ResponseError)
+    kind = _ERRORS.get(code, _OTHER)
     if rest == "max number of clients reached":
-        kind = redis.exceptions.ConnectionError  # as in the redis package: another attempt may succeed
+        kind = Unreachable  # as in the redis package: another attempt may succeed
     return kind(f"{server}: {text}")

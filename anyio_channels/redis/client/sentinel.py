@@ -16,13 +16,13 @@ from dataclasses import replace
 from itertools import cycle
 from typing import Any, Final
 
-import redis.exceptions
 from anyio.abc import ByteStream
 
 from . import replies
 from .address import SentinelAddress
 from .at_each import try_each
 from .connection import Connection
+from .errors import Unreachable
 from .link import Link, LinkEvents, Timeouts
 from .server import Server
 
@@ -70,7 +70,7 @@ class Sentinels(Server):
         server_time = await super().shake_hands(connection)
         self.doubted = None if connection.is_primary else self._found
         if not connection.is_primary:
-            raise redis.exceptions.ConnectionError(f"{self.name} is no primary at the moment")
+            raise Unreachable(f"{self.name} is no primary at the moment")
         return server_time
 
     async def find_primary(self) -> tuple[str, int]:
@@ -85,7 +85,7 @@ class Sentinels(Server):
         answers = [told for _, told in ended if not isinstance(told, Exception)]
         if not answers:
             troubles = "; ".join(f"{one.address.host}:{one.address.port}: {error}" for one, error in ended)
-            raise redis.exceptions.ConnectionError(f"no sentinel told where {self.master_name!r} is: {troubles}")
+            raise Unreachable(f"no sentinel told where {self.master_name!r} is: {troubles}")
         return answers[-1]
 
     # Following
@@ -137,5 +137,5 @@ class _AnySentinel(Server):
 
 def _known(address: tuple[str, int] | None) -> tuple[str, int]:
     if address is None:
-        raise redis.exceptions.ConnectionError("it knows no such primary")
+        raise Unreachable("it knows no such primary")
     return address

@@ -20,7 +20,7 @@ from anyio.abc import ByteStream
 from . import replies
 from .address import Address
 from .connection import Connection, reply_to
-from .errors import NOT_READY
+from .errors import NOT_READY, Unreachable
 from .protocol import Parse
 
 _LIBRARY: Final = "anyio_channels"
@@ -66,9 +66,7 @@ class Server:
             found = await to_thread.run_sync(provider.get_credentials, abandon_on_cancel=True)
         except Exception as error:
             # Whatever it raises; and what it says may hold what it should not.
-            raise redis.exceptions.ConnectionError(
-                f"{self.name}: the credential provider failed with {type(error).__name__}"
-            ) from error
+            raise Unreachable(f"{self.name}: the credential provider failed with {type(error).__name__}") from error
         return (found[0], found[1]) if len(found) == 2 else (None, found[0])  # noqa: PLR2004 - or a password alone
 
     async def _hello(self) -> list[str]:
@@ -103,9 +101,7 @@ class Server:
                 request.result()
             except redis.exceptions.ResponseError as error:
                 if "unknown command" in str(error):
-                    raise redis.exceptions.ConnectionError(
-                        f"{self.name} does not know HELLO: Redis 6.2 or newer is needed"
-                    ) from error
+                    raise Unreachable(f"{self.name} does not know HELLO: Redis 6.2 or newer is needed") from error
                 raise
         if isinstance(ping.error, NOT_READY):
             raise ping.error  # any other refusal, as MISCONF, is of PING and writes, not of all that is needed
@@ -131,7 +127,7 @@ class Server:
                     tasks.cancel_scope.cancel()
         except OSError as error:
             why = str(error) or "it did not answer in time"
-            raise redis.exceptions.ConnectionError(f"{self.name} cannot be reached: {why}") from error
+            raise Unreachable(f"{self.name} cannot be reached: {why}") from error
         login.result()
         return request.result()
 
