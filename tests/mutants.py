@@ -560,6 +560,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/pubsub.py",
+        "capacity: int = 1000",
+        "capacity: int = 100",
+        "a mailbox of the pub/sub layer holds 1,000 messages by default",
+        f"{_LAYERS} -k burst",
+    ),
+    Mutant(
+        "redis/pubsub.py",
         "self._deliveries.missing(lambda topic: self._owner(topic) is link)",
         "self._deliveries.missing()",
         "only those whose server was away are told of a gap",

@@ -296,6 +296,21 @@ async def test_capacity_is_exact_among_processes(redis_server: RedisServer) -> N
 
 
 @asynchronous
+async def test_a_burst_fits_a_mailbox_of_pubsub(redis_server: RedisServer) -> None:
+    """A pub/sub mailbox holds 1,000 messages if not told otherwise, whichever way the layer was made; the next one is dropped."""
+    for layer in (
+        RedisPubSubChannelLayer([redis_server.url], prefix=new_prefix()),
+        create_channel_layer(f"redis+pubsub://{redis_server.host}:{redis_server.port}", prefix=new_prefix()),
+    ):
+        async with layer, layer.subscribe("room") as inbox:
+            for number in range(1001):
+                await layer.group_send("room", {"n": number})
+            await until(lambda: layer.statistics().dropped_full)  # noqa: B023 - called in this round
+            assert layer.statistics().buffered_messages == 1000
+            assert [await inbox.receive() for _ in range(1000)] == [{"n": number} for number in range(1000)]
+
+
+@asynchronous
 async def test_order_by_the_servers_clock(redis_server: RedisServer) -> None:
     """Messages keep their order although the clock of another client runs ahead; one that is far ahead is not followed."""
     layer = make(QUEUE, redis_server)

@@ -183,7 +183,7 @@ class RedisPubSubChannelLayer(OnRedis, Hub):
         prefix: str = "asgi",
         expiry: float = 60,
         group_expiry: float = 86400,
-        capacity: int = 100,
+        capacity: int = 1000,
         channel_capacity: Mapping[str | re.Pattern[str], int] | None = None,
         symmetric_encryption_keys: Sequence[str | bytes] | None = None,
         serializer_format: SerializerFormat = "msgpack",
@@ -201,8 +201,9 @@ class RedisPubSubChannelLayer(OnRedis, Hub):
         """Take the options of ``RedisChannelLayer``, but for ``random_prefix_length``, and two more.
 
         ``prefix``: of the Redis channels of groups; those of channels are called as the channels are. ``capacity``: of the
-        mailbox of each channel in this process. ``on_disconnect``, ``on_reconnect``: if given, a message of that type is
-        put into every channel of this process when the connection is lost, and when it is there again.
+        mailbox of each channel in this process; ten times that of the other layers, since channels_redis' pub/sub has no
+        bound and a burst should fit. ``on_disconnect``, ``on_reconnect``: if given, a message of that type is put into
+        every channel of this process when the connection is lost, and when it is there again.
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule; nothing is connected yet.
         """
