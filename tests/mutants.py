@@ -559,6 +559,13 @@ MUTANTS: Final = (
         f"{_LAYERS} -k 'pubsub or called'",
     ),
     Mutant(
+        "redis/client/link.py",
+        "_MOST_FAILURES: Final = 5",
+        "_MOST_FAILURES: Final = 16",
+        "after a long outage processes do not all connect at the same time",
+        _LINK,
+    ),
+    Mutant(
         "redis/pubsub.py",
         "capacity: int = 1000",
         "capacity: int = 100",

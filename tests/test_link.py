@@ -95,6 +95,13 @@ async def test_a_silence_does_not_hide_why_an_earlier_try_failed(
         assert "cannot be reached: it did not answer in time; before that: nobody is there;" in one
 
 
+def test_a_pause_is_short() -> None:
+    """However often connecting failed, the next try comes within half a second, and not when those of others do."""
+    pauses = [module._BACKOFF.compute(module._MOST_FAILURES) for _ in range(400)]
+    assert max(pauses) <= 0.5
+    assert len(set(pauses)) > 200, "no jitter"
+
+
 async def test_success_sets_the_backoff_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each failure in a row makes the next pause longer, and a connection that came up makes it short again."""
     failures: list[int] = []
@@ -116,7 +123,7 @@ async def test_success_sets_the_backoff_back(monkeypatch: pytest.MonkeyPatch) ->
             assert connection is not None
             if link.connects < 4:
                 await connection.wait_ended()
-    assert failures == [1, 1, *range(2, 17), *[16] * 5, 1]
+    assert failures == [1, 1, *range(2, 6), *[5] * 16, 1]
 
 
 async def test_a_script_that_is_sent_again_is_due_as_before() -> None:

@@ -37,8 +37,8 @@ from .server import Server
 
 _BACKOFF: Final = ExponentialWithJitterBackoff(cap=0.5, base=0.02)
 _MOST_HOPS: Final = 16
-_MOST_FAILURES: Final = 16
-"""The backoff doubles no further."""
+_MOST_FAILURES: Final = 5
+"""The backoff doubles no further: beyond its cap there is no jitter, and all processes would try at the same time."""
 _KEYS_AT_ONCE: Final = 1000
 """How many keys one SCAN looks at."""
 _QUIET: Final = 10.0
