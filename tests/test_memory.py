@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -140,6 +143,44 @@ async def test_one_broadcast_is_one_copy(layer: InMemoryChannelLayer) -> None:
     await layer.group_send("group", {"text": "x" * 1000})
     held = {id(channel.entries[0][1]) for channel in here(layer).channels.values()}
     assert len(held) == 1
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """Return how many lines of Python ``call`` runs, in a thread of its own, which no other tool is tracing."""
+    lines = 0
+
+    def trace(_frame: object, event: str, _: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    def run() -> None:
+        sys.settrace(trace)
+        call()
+        sys.settrace(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return lines
+
+
+async def test_no_call_looks_at_other_channels(layer: InMemoryChannelLayer) -> None:
+    """Sending, receiving and broadcasting run as many lines beside 5,000 full channels and groups as beside none."""
+
+    def calls() -> None:
+        layer.send_nowait("a", {})
+        layer.receive_nowait("a")
+        layer.group_send_nowait("group", {})
+        layer.receive_nowait("a")
+
+    await layer.group_add("group", "a")
+    calls()
+    alone = lines_run(calls)
+    for number in range(5000):
+        layer.send_nowait(f"other.{number}", {})
+        await layer.group_add(f"group.{number}", f"other.{number}")
+    assert 0 < lines_run(calls) <= alone + 5
 
 
 async def test_a_full_member_is_logged_once(

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -311,6 +312,25 @@ async def test_a_burst_fits_a_mailbox_of_pubsub(redis_server: RedisServer) -> No
 
 
 @asynchronous
+@both
+async def test_calls_to_redis(kind: Kind, redis_server: RedisServer) -> None:
+    """A send is one command, a broadcast is two on the queue layer and one on pub/sub, whatever else there is."""
+    async with make(kind, redis_server) as layer:
+        for number in range(10):
+            await layer.group_add("room", await layer.new_channel() if kind is PUBSUB else f"normal.{number}")
+        for number in range(100):
+            await layer.group_add(f"room.{number}", await layer.new_channel())
+        await layer.send("normal.0", {"n": 0})  # the scripts are there from now on
+        await layer.group_send("room", {"n": 0})
+        counts = [layer.statistics().commands]
+        await layer.send("normal.0", {"n": 1})
+        counts.append(layer.statistics().commands)
+        await layer.group_send("room", {"n": 2})
+        counts.append(layer.statistics().commands)
+        assert [after - before for before, after in pairwise(counts)] == [1, 1 if kind is PUBSUB else 2]
+
+
+@asynchronous
 async def test_order_by_the_servers_clock(redis_server: RedisServer) -> None:
     """Messages keep their order although the clock of another client runs ahead; one that is far ahead is not followed."""
     layer = make(QUEUE, redis_server)
@@ -458,6 +478,19 @@ async def test_a_marker_that_is_none_costs_no_message(redis_server: RedisServer)
             client.delete(marker)
         with fail_after(PATIENCE):
             assert await layer.receive("a") == {"n": 1}
+
+
+@asynchronous
+async def test_what_says_that_a_sender_waits_goes_by_itself(redis_server: RedisServer) -> None:
+    """The key that a sender who waits for room leaves in Redis ends ten seconds after expiry, if nobody takes it away."""
+    async with make(QUEUE, redis_server, capacity=1, expiry=20) as layer, create_task_group() as tg:
+        await layer.send("a", {})
+        tg.start_soon(partial(layer.send, "a", {}, wait=True))
+        with redis_server.client() as client:
+            await until(lambda: client.keys(f"{layer.prefix}:waiting:*"))
+            (key,) = client.keys(f"{layer.prefix}:waiting:*")
+            assert 0 < client.pttl(key) <= 30_000
+        tg.cancel_scope.cancel()
 
 
 @asynchronous
