@@ -20,8 +20,9 @@ PROMISES: Final[dict[str, str]] = {
        test_memory.py::test_a_hundred_thousand_unread_channels_leave_nothing
 
 **delivery** / queue on Redis: at most once; waits in Redis until it is popped or expires. Lost if the process is
-killed between popping and receiving
+killed, or the connection breaks, between popping and receiving
     -> check_order
+       test_redis_queue.py::test_a_popped_message_is_lost_with_the_connection
        check_expiry
        test_redis_faults.py::test_killed_under_load
        test_redis_layers.py::test_expired_on_the_way
@@ -42,8 +43,10 @@ one `PUBLISH` for either
 **order** / in memory: that of sending, for each channel
     -> check_order
 
-**order** / queue on Redis: that of the server's clock, which no two messages of a channel share
+**order** / queue on Redis: that of the server's clock, which no two messages of a channel share; kept when that
+clock goes back by less than `expiry`
     -> test_redis_layers.py::test_order_by_the_servers_clock
+       test_redis_queue.py::test_order_over_a_step_of_the_clock
        test_redis_layers.py::test_many_messages_at_once_keep_their_order
 
 **order** / pub/sub on Redis: that in which Redis took them, which is that of sending for each sender
@@ -80,9 +83,10 @@ channel goes back, a command more
        check_waiting_send
        test_threads.py::test_exact_capacity_across_threads
 
-**capacity** / queue on Redis: exact among all processes, in Redis; then the mailbox of each channel, whose overflow
-is dropped, counted, logged
+**capacity** / queue on Redis: exact among all processes, for what is in Redis ([what that leaves
+out](#the-layers-on-redis)); then the mailbox of each channel, whose overflow is dropped, counted, logged
     -> test_redis_layers.py::test_capacity_is_exact_among_processes
+       test_redis_queue.py::test_what_exact_leaves_out
        test_redis_layers.py::test_a_slow_reader_costs_its_neighbours_nothing
        test_log.py::test_full_members_on_redis
 
@@ -92,8 +96,9 @@ never raised
        test_hub.py::test_a_full_channel_and_a_full_member
 
 **capacity** / what it costs: nothing more: it is looked at where the message is put. `send(..., wait=True)` waits
-for a word from whoever pops
+for a word from whoever pops; on the queue layer only for normal channels
     -> test_redis_layers.py::test_calls_to_redis
+       test_redis_queue.py::test_waiting_for_room_in_a_process
        test_redis_layers.py::test_waiting_for_room_made_elsewhere
 
 **expiry** / in memory: never delivered, frees its place at once
@@ -144,19 +149,25 @@ value and the rule
        test_base.py::test_names
 
 messages / the rule: a `dict` with `str` keys; values are `str`, `bytes`, `int` (64 bit), `float`, `bool`, `None`,
-lists and dicts of those, at most 255 levels of them in one another. Tuples arrive as lists, `bytearray` and
-`memoryview` as `bytes`, instances of subclasses as the plain type. Everything else goes through the layer's
-`default=`, or is a `TypeError` that says where it is: `message['user']['avatar']`. `__asgi_channel__` and
-`__asgi_exclude__` are reserved keys, and [with OpenTelemetry](observability.md) `__asgi_trace__`
+lists and dicts of those, at most 255 levels of them in one another, the same for what arrives. Tuples arrive as
+lists, `bytearray` and `memoryview` as `bytes`, instances of subclasses as the plain type. Everything else goes
+through the layer's `default=`, or is a `TypeError` that says where it is: `message['user']['avatar']`.
+`__asgi_channel__` and `__asgi_exclude__` are reserved keys, and [with OpenTelemetry](observability.md)
+`__asgi_trace__`
     -> check_message_types
+       test_codec.py::test_the_depth_of_what_arrives
+       test_log.py::test_too_large_or_too_deep
        check_refused_messages
        check_default
        test_codec.py::test_nesting_has_one_bound
        test_codec.py::test_subclasses_arrive_as_the_plain_type
 
 size / the rule: over `max_message_size` encoded bytes is a `MessageTooLarge`. The default, 4 MiB, lets through all
-that is 1 MB as JSON
+that is 1 MB as JSON. What arrives from Redis above it is not decoded or kept: it is counted as unreadable, and
+logged
     -> check_message_size
+       test_codec.py::test_the_size_of_what_arrives
+       test_log.py::test_too_large_or_too_deep
        test_codec.py::test_a_megabyte_of_json_fits_by_default
 
 refused calls / the rule: leave nothing behind
@@ -169,8 +180,10 @@ shared until they are received
     -> check_isolation
        test_memory.py::test_one_broadcast_is_one_copy
 
-delivery / the rule: at most once, never twice
+delivery / the rule: at most once, never twice; on the queue layer under [the condition](#the-layers-on-redis) that
+Redis does not go back in time
     -> check_order
+       test_redis_queue.py::test_what_a_snapshot_brings_back
        check_groups
 
 order / the rule: one writer and one reader see the order of sending. Of several readers of one channel each message
@@ -243,8 +256,11 @@ thrown away. A closed layer may be opened again, and is blank. A layer that was 
        test_redis_layers.py::test_reopened_layer_is_blank
 
 books / the rule: each message sent to a channel ends under exactly one heading: `sent == received + expired +
-dropped_full + dropped_unreadable + discarded + buffered_messages`
+dropped_full + dropped_unreadable + discarded + buffered_messages`. A send that was cancelled and happened all the
+same is in `sent`, as soon as Redis has answered. One that failed on Redis with `may_have_run` is not: nobody knows,
+and it may be received
     -> check_statistics
+       test_redis_queue.py::test_a_cancelled_send_that_happened_is_counted
        test_testing.py::test_in_memory_layer_matches_the_model
 
 reaches: one process: all its threads and event loops, asyncio and trio at once
@@ -328,24 +344,41 @@ after a cancelled `receive`, else `group_expiry`, and as long as it is in a grou
     -> test_ownership.py::test_a_normal_channel_on_pubsub
        test_redis_layers.py::test_a_normal_channel_of_pubsub_gives_each_process_a_copy
 
-order / queue: that of the server's clock, which no two messages of a channel share: a client's clock plays no part
+order / queue: that of the server's clock, which no two messages of a channel share: a client's clock plays no part.
+A message comes after the newest one there, so a server's clock that goes back by less than `expiry` changes
+nothing; a score later than now and `expiry` is foreign, and is not followed
     -> test_redis_layers.py::test_order_by_the_servers_clock
+       test_redis_queue.py::test_order_over_a_step_of_the_clock
+       test_redis_queue.py::test_waiting_for_room_behind_foreign_scores
 
 order / pub/sub: that of the connection
     -> check_order
 
 delivery / queue: at most once. What is popped for a reader is given back if the reader is cancelled; it is lost if
-the process is killed in that moment
+the process is killed in that moment, or if the connection breaks while it is on its way to the reader or back
+(`on_gap` tells an inbox). Never twice, as long as Redis does not go back in time. One that comes back with less
+than it had (killed and restarted from an RDB snapshot, or from an AOF that lacks its last second; a failover to a
+replica that lags) still holds what was received since: the process that received it drops it, if it is among its
+last 16,384 pops; another process, or a layer opened anew, receives it again
     -> test_receiving.py::test_a_pop_for_a_reader_who_left
+       test_redis_queue.py::test_a_popped_message_is_lost_with_the_connection
+       test_redis_queue.py::test_what_a_snapshot_brings_back
+       test_duplicates.py::test_a_replica_that_knows_of_no_pop_takes_over
        test_redis_layers.py::test_readers_in_several_layers_share
 
 delivery / pub/sub: at most once; what is sent while the reader's process has no connection is lost
     -> test_redis_faults.py::test_an_inbox_is_told_of_the_outage
        test_redis_faults.py::test_killed_under_load
 
-capacity / queue: exact in Redis. A process-specific channel shares that of its process there, and then has a
-mailbox of its own, whose overflow is dropped, counted, logged
+capacity / queue: exact for what is in Redis: a send is accepted while fewer than `capacity` unexpired messages are
+there. A message popped for a reader is not there any more. If the reader is cancelled before it has it, and its
+room was taken meanwhile, it goes back all the same, so that nothing is lost: the channel then holds more than its
+capacity, by as many as were on their way, and accepts nothing until it holds fewer. To keep the place, Redis would
+have to hear of each message that it was received, a request more for each, and would refuse sends to a channel just
+read empty until then. A process-specific channel shares that of its process there, and then has a mailbox of its
+own, whose overflow is dropped, counted, logged
     -> test_redis_layers.py::test_capacity_is_exact_among_processes
+       test_redis_queue.py::test_what_exact_leaves_out
        test_redis_layers.py::test_a_slow_reader_costs_its_neighbours_nothing
 
 capacity / pub/sub: of the mailbox
@@ -445,6 +478,24 @@ what an operation costs / pub/sub: does not grow with them
     -> test_redis_layers.py::test_calls_to_redis
 """,
     "docs/redis.md": """
+Options of the `redis` package that mean nothing here (`max_connections`, `retry_on_timeout`, `decode_responses`,
+...) are ignored and named once in the log, at INFO.
+    -> test_address.py::test_options_that_mean_nothing_here
+
+Redis refuses for a while: out of memory, read-only replica, it cannot save (`MISCONF`), too few replicas, a script
+that runs long (`BUSY`), an administrator's `CLIENT UNBLOCK`, or anything else / what readers see: they go on
+waiting; it is logged once and tried again. While Redis is out of memory they still receive what is there, and what
+was popped for a cancelled reader goes back. Pub/sub works, and can be opened, while Redis cannot save
+    -> test_redis_refusals.py::test_readers_wait_through_a_refusal
+       test_redis_refusals.py::test_readers_wait_through_an_unblock
+       test_redis_refusals.py::test_fetching_waits_through_a_script
+       test_redis_refusals.py::test_opened_while_redis_cannot_save
+       test_redis_queue.py::test_a_cancelled_receive_out_of_memory
+
+A Redis that is restarted from a snapshot hands out again what was received since, but not to the process that
+received it ([under which conditions](guarantees.md#the-layers-on-redis)).
+    -> test_redis_queue.py::test_what_a_snapshot_brings_back
+
 Their bytes in Redis are those of channels_redis 4.3 and fast-channels 1.1, so processes that run either can share
 one Redis with ours, in both directions.
     -> test_interop.py::test_groups
@@ -475,8 +526,10 @@ a normal channel read by several processes / pub/sub: `RedisPubSubChannelLayer`,
 gets a copy
     -> test_redis_layers.py::test_a_normal_channel_of_pubsub_gives_each_process_a_copy
 
-`ChannelFull` from `send` / queue: `RedisChannelLayer`, `redis://`: yes, exact among all processes
+`ChannelFull` from `send` / queue: `RedisChannelLayer`, `redis://`: yes, exact among all processes for what is in
+Redis
     -> test_redis_layers.py::test_capacity_is_exact_among_processes
+       test_redis_queue.py::test_what_exact_leaves_out
 
 `ChannelFull` from `send` / pub/sub: `RedisPubSubChannelLayer`, `redis+pubsub://`: never: the reader's mailbox is
 bounded; what does not fit is dropped, counted, logged
@@ -560,8 +613,9 @@ noticed within `keep_alive + timeout`
 `default`: turns a value that no message may hold into one that it may
     -> check_default
 
-All durations are seconds, and fractions count.
+All durations are seconds, up to 10^9 (31 years), and fractions count.
     -> test_memory.py::test_time_may_be_fractions
+       test_base.py::test_the_largest_options
 
 A misspelt option is a `TypeError`.
     -> test_base.py::test_bad_options
@@ -570,9 +624,10 @@ A misspelt option is a `TypeError`.
 `hosts` is a list; each entry is a server: a URL (`redis://user:password@host:6379/0`, `rediss://` for TLS,
 `unix:///run/redis.sock?db=0`), a `(host, port)` pair, or a `dict` of options as the `redis` package calls them
 (`host`, `port`, `db`, `username`, `password`, `credential_provider`, `client_name`, `socket_timeout`,
-`socket_connect_timeout`, `ssl`, `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`, `ssl_cert_reqs`, ...), or a URL
-under `"address"` with such options beside it.
+`socket_connect_timeout`, `ssl`, `health_check_interval`, `ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`,
+`ssl_cert_reqs`, ...), or a URL under `"address"` with such options beside it.
     -> test_address.py::test_hosts
+       test_redis_layers.py::test_health_check_interval_is_keep_alive
        test_address.py::test_tls_options
        test_address.py::test_a_credential_provider
        test_address.py::test_refused_hosts
@@ -756,22 +811,32 @@ otherwise within `keep_alive`
     -> test_redis_faults.py::test_memberships_survive_a_redis_that_lost_them
        test_ownership.py::test_redis_comes_back_empty
 
-out of memory, read-only replica / what callers see: what Redis says, as an error of the `redis` package
+Redis refuses for a while: out of memory, read-only replica, it cannot save (`MISCONF`), too few replicas, a script
+that runs long (`BUSY`), an administrator's `CLIENT UNBLOCK`, or anything else / what callers see: what Redis says,
+as an error of the `redis` package
     -> test_redis_faults.py::test_out_of_memory
+       test_redis_refusals.py::test_readers_wait_through_a_refusal
+       test_redis_refusals.py::test_readers_wait_through_an_unblock
+       test_redis_refusals.py::test_opened_while_redis_cannot_save
+       test_redis_refusals.py::test_fetching_waits_through_a_script
        test_redis_faults.py::test_a_replica_refuses
 
-out of memory, read-only replica / what readers see: they go on waiting
+To a process-specific channel it is a `RuntimeError`: only the process that reads it knows the room in its mailbox.
     -> test_redis_faults.py::test_out_of_memory
+       test_redis_queue.py::test_waiting_for_room_in_a_process
        test_redis_faults.py::test_a_replica_refuses
 
-no permission for a channel, or its key holds something else / what callers see: what Redis says
+no permission for a channel (`NOPERM`), or its key holds something else (`WRONGTYPE`) / what callers see: what Redis
+says
     -> test_redis_faults.py::test_no_permission
+       test_redis_refusals.py::test_one_key_that_is_refused
        test_redis_faults.py::test_no_permission_for_a_subscription
        test_redis_faults.py::test_a_key_of_another_type
 
-no permission for a channel, or its key holds something else / what readers see: what Redis says; readers of other
-channels go on
+no permission for a channel (`NOPERM`), or its key holds something else (`WRONGTYPE`) / what readers see: what Redis
+says; readers of other channels go on
     -> test_redis_faults.py::test_no_permission
+       test_redis_refusals.py::test_one_key_that_is_refused
        test_redis_faults.py::test_no_permission_for_a_subscription
        test_redis_faults.py::test_a_key_of_another_type
 
@@ -810,12 +875,14 @@ A normal channel's messages stay in Redis until a reader waits.
     -> test_receiving.py::test_what_nobody_reads_goes_back
        test_redis_layers.py::test_closing_gives_back
 
-A message that was popped for a reader who was cancelled goes back to where it was.
+A message that was popped for a reader who was cancelled goes back to where it was, also when Redis is out of
+memory.
     -> test_receiving.py::test_a_pop_for_a_reader_who_left
+       test_redis_queue.py::test_a_cancelled_receive_out_of_memory
        test_receiving.py::test_what_nobody_reads_goes_back
 
-`send(..., wait=True)` waits until whoever pops says that there is room. channels_redis does not say so: room that
-it made is noticed after a second at most.
+`send(..., wait=True)` to a normal channel waits until whoever pops says that there is room. channels_redis does not
+say so: room that it made is noticed after a second at most.
     -> test_redis_layers.py::test_waiting_for_room_made_elsewhere
 """,
     "docs/security.md": """
@@ -848,8 +915,9 @@ With `symmetric_encryption_keys`, what was not encrypted with one of the keys is
     -> test_codec.py::test_the_wrong_key
        test_redis_faults.py::test_tokens_that_cannot_be_read
 
-**Memory is bounded**: by capacity, by `max_message_size`, and by expiry.
+**Memory is bounded**: by capacity, by `max_message_size` of what is sent and of what arrives, and by expiry.
     -> check_capacity
+       test_codec.py::test_the_size_of_what_arrives
        check_message_size
        check_expiry
        check_reclaimed
@@ -914,7 +982,8 @@ Nothing else shares a cluster with these layers, so three things differ:
 
 `maxmemory-policy noeviction` is the right one: an evicting Redis throws away messages and memberships silently.
 
-What is popped and not yet received is lost if the process is killed at that moment: delivery is at most once.
+What is popped and not yet received is lost if the process is killed at that moment, or if the connection breaks
+while it is on its way: delivery is at most once.
 """,
     "docs/security.md": """
 How to report a vulnerability, and what to expect of the package.
