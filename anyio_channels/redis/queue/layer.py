@@ -343,7 +343,8 @@ class RedisChannelLayer(OnRedis, AtHome):
                     self._note_expired(request.reply)
                     self._miss(group, count(key, request.reply))
 
-            missed += count(key, await self._send_now(key, entry, capacity, late))
+            reply = await self._send_now(key, entry, capacity, late)
+            missed += count(key, reply)
 
         try:
             await at_each(send, list(zip(batch, arguments[::2], arguments[1::2], strict=True)))
