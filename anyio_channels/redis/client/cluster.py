@@ -205,19 +205,19 @@ class Cluster(Router):
         self._bell.set()
 
     async def _follow_changes(self) -> None:
+        pause = _PAUSE
         while True:
             with move_on_after(self._timeouts.keep_alive):
                 await self._bell.wait()  # and now and then, for not every change is heard of
-            pause = _PAUSE
-            while True:
-                self._bell = Event()
-                with suppress(redis.exceptions.RedisError):
-                    self._apply(*await self._ask())
-                if all(link.connection is not None for link in self.links):
-                    self._moved_at.clear()
-                    break
-                await sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            self._bell = Event()
+            with suppress(redis.exceptions.RedisError):
+                self._apply(*await self._ask())
+            if all(link.connection is not None for link in self.links):
+                self._moved_at.clear()
+            else:
+                self._bell.set()
+            await sleep(pause)  # what it said may be refused at once, and asked again
+            pause = min(2 * pause, _LONGEST_PAUSE) if self._bell.is_set() else _PAUSE
 
     # The inside
 

@@ -93,7 +93,9 @@ class Subscriptions:
                 if not (is_passing or is_refusal):
                     raise
                 if time.monotonic() > give_up:
-                    if not is_passing:
+                    if is_passing:
+                        self._on_refused(name, error)
+                    else:
                         self._give_up(link, error)
                     raise ConnectionLost(f"{name!r} cannot be subscribed to: {error}", may_have_run=False) from error
                 if is_passing:
