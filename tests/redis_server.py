@@ -22,6 +22,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -329,6 +330,28 @@ class Sentinels:
             if server.is_primary():
                 return server
         raise RuntimeError("there is no primary")
+
+
+@contextmanager
+def busy(server: RedisServer) -> Iterator[None]:
+    """BUSY: a script runs until it is killed."""
+
+    def loop() -> None:
+        with suppress(redis.exceptions.RedisError), server.client() as client:
+            client.eval("while true do end", 0)
+
+    with server.client() as client:
+        client.config_set("busy-reply-threshold", 1)
+        thread = threading.Thread(target=loop)
+        thread.start()
+        while True:
+            try:
+                client.get("x")
+            except redis.exceptions.ResponseError:
+                break
+        yield
+        client.script_kill()
+        thread.join()
 
 
 class RedisCluster:

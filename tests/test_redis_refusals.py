@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import redis
 import redis.exceptions
 from anyio import create_task_group, fail_after
 from layers_on_redis import PATIENCE, PUBSUB, QUEUE, Kind, both, hears, new_prefix, popper, subscriptions, until
-from redis_server import RedisServer
+from redis_server import RedisServer, busy
 
 from anyio_channels import log
 from anyio_channels.redis.wire import Names
@@ -67,28 +66,6 @@ def unable_to_save(server: RedisServer) -> Iterator[None]:
         yield
         client.config_set("save", "")
         (server.directory / "dump.rdb").rmdir()
-
-
-@contextmanager
-def busy(server: RedisServer) -> Iterator[None]:
-    """BUSY: a script runs until it is killed."""
-
-    def loop() -> None:
-        with suppress(redis.exceptions.RedisError), server.client() as client:
-            client.eval("while true do end", 0)
-
-    with server.client() as client:
-        client.config_set("busy-reply-threshold", 1)
-        thread = threading.Thread(target=loop)
-        thread.start()
-        while True:
-            try:
-                client.get("x")
-            except redis.exceptions.ResponseError:
-                break
-        yield
-        client.script_kill()
-        thread.join()
 
 
 def unblock(server: RedisServer) -> bool:

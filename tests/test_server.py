@@ -263,6 +263,11 @@ LOADING = b"-LOADING Redis is loading the dataset in memory\r\n"
             f"{NAME}: LOADING Redis is loading",
         ),
         (
+            HELLO + b"+OK\r\n" * 2 + LOADING + TIME,
+            redis.exceptions.BusyLoadingError,
+            f"{NAME}: LOADING Redis is loading",
+        ),
+        (
             HELLO + b"+OK\r\n-ERR DB index is out of range\r\n+PONG\r\n" + TIME,
             redis.exceptions.ResponseError,
             "DB index",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import redis.exceptions
 from anyio import create_task_group, fail_after
 from anyio.lowlevel import checkpoint
 from layers_on_redis import PATIENCE, new_prefix, until
-from redis_server import RedisServer
+from redis_server import RedisServer, busy
+from scripted_stream import ScriptedStream, serving
 
 from anyio_channels.redis.client import Connection, Link, LinkEvents, Router, Subscriptions, Timeouts, make_router
 
@@ -41,6 +43,13 @@ class User(LinkEvents):
 
     def on_down(self, link: Link) -> None:
         self.subscriptions.lost(link)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, to be put in trouble."""
+    with RedisServer(tmp_path) as server:
+        yield server
 
 
 @asynccontextmanager
@@ -133,3 +142,29 @@ async def test_wanted_twice(redis_server: RedisServer) -> None:
         user.subscriptions.unwant("unknown")
         user.subscriptions.dropped("unknown")
         assert link.commands == before
+
+
+async def test_a_refusal_that_is_about_no_name() -> None:
+    """A connection on which nothing can be subscribed to is not used, and no reader is told that its name is refused."""
+    stream = ScriptedStream()
+    for _ in range(2):  # many names with one command, and then each by itself
+        stream.answer(b"-ERR not now\r\n+PONG\r\n")
+    router = make_router(["redis://localhost"], cluster=False)
+    user = User(router)
+    await router.open(user, Timeouts(timeout=PATIENCE, connect_timeout=PATIENCE, keep_alive=PATIENCE))
+    user.subscriptions.want("a")
+    async with serving(stream) as connection:
+        with pytest.raises(redis.exceptions.ResponseError, match="not now"):
+            await user.subscriptions.restore(router.links[0], connection)
+    assert not user.refused
+
+
+async def test_asking_again_while_redis_is_busy(server: RedisServer) -> None:
+    """What is asked for without waiting, and refused for a while, is subscribed to on a new connection."""
+    async with using(server.url, []) as (user, link):
+        with busy(server):
+            user.subscriptions.want("a")
+            user.subscriptions.ask("a")
+            await until(lambda: link.connection is None)
+        await until(lambda: user.confirmed == ["a"])
+    assert not user.refused
