@@ -219,8 +219,6 @@ class Connection:
                 self._writer_bell = None
             data = protocol.data_to_send(time.monotonic())
             if data:
-                if self._watch_until > time.monotonic() + self.timeout and self._watch_bell is not None:
-                    self._watch_bell.set()  # nothing written now is late before that
                 await stream.send(data)
 
     async def _watch(self) -> None:
@@ -245,10 +243,11 @@ class Connection:
         for request in self._protocol.pending:
             if request.waits and not request.abandoned:
                 first = min(first, request.due)
-            if request.written:
-                late_at = request.written_at + request.patience
-                if late_at > now or request is oldest:
-                    first = min(first, late_at)
+            late_at = (
+                request.written_at if request.written else now
+            ) + request.patience  # or later, if it is not written yet
+            if late_at > now or request is oldest:
+                first = min(first, late_at)
         return first
 
     def _end_what_is_late(self, now: float) -> None:
