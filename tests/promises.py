@@ -941,6 +941,186 @@ Encryption hides contents and makes forgery evident.
     -> test_codec.py::test_the_wrong_key
        test_codec.py::test_tokens_expire
 """,
+    "docs/wsgi.md": """
+On asyncio and on trio.
+    -> test_wsgi_to_asgi.py::test_a_request_and_its_response
+       test_wsgi_servers.py::test_thousand_requests
+
+Each request runs in one worker thread, from the call to the iterable's `close()`.
+    -> test_wsgi_to_asgi.py::test_one_thread_for_all_of_a_request
+
+`threads` / default: 40
+    -> test_promises.py::test_defaults_of_the_adapters
+
+`threads`: requests in the application at the same time; others wait. These threads are not anyio's default ones,
+which only write the files of `spool`
+    -> test_wsgi_to_asgi.py::test_threads_are_limited
+       test_wsgi_to_asgi.py::test_a_small_response_to_a_slow_client_holds_no_thread
+
+`buffer_size` / default: 256 KiB
+    -> test_promises.py::test_defaults_of_the_adapters
+
+`buffer_size`: of a body, and of a response, kept in memory
+    -> test_wsgi_to_asgi.py::test_a_slow_client_slows_the_application
+       test_wsgi_to_asgi.py::test_a_large_body_flows_at_the_pace_of_the_application
+
+`spool` / default: `False`
+    -> test_promises.py::test_defaults_of_the_adapters
+
+`spool`: take in a large body, in a temporary file, before the application is called
+    -> test_wsgi_to_asgi.py::test_bodies_of_any_size
+       test_wsgi_to_asgi.py::test_the_client_goes_away_while_its_body_is_spooled
+
+A body that fits the buffer is complete before a thread is taken; a response that fits it frees its thread before
+the client has it.
+    -> test_wsgi_to_asgi.py::test_a_small_body_is_there_before_the_application
+       test_wsgi_to_asgi.py::test_a_small_response_to_a_slow_client_holds_no_thread
+
+So clients that are slow with little cost no thread.
+    -> test_wsgi_servers.py::test_many_slow_clients
+       test_wsgi_servers.py::test_many_slow_uploads
+
+A larger body is read by the application while it comes, a larger response goes out while it is made, both at the
+pace of the slower side; with `spool=True` a slow upload costs disk space in the place of a thread.
+    -> test_wsgi_to_asgi.py::test_what_has_come_of_a_large_body_is_read_at_once
+       test_wsgi_to_asgi.py::test_a_large_body_flows_at_the_pace_of_the_application
+       test_wsgi_to_asgi.py::test_a_slow_client_slows_the_application
+       test_wsgi_to_asgi.py::test_the_client_goes_away_while_its_body_is_spooled
+
+`wsgi.input` ends where the body does.
+    -> test_wsgi_to_asgi.py::test_bodies_of_any_size
+
+`CONTENT_LENGTH` is the length of what was received, where that is known before the application is called; with
+`Transfer-Encoding`, which is decoded and left out, the client's own `Content-Length` does not count.
+    -> test_wsgi_to_asgi.py::test_the_length_is_that_of_what_was_received
+       test_wsgi_servers.py::test_two_lengths_of_a_body
+       test_wsgi_servers.py::test_two_lengths_of_a_body_under_other_servers
+
+**Django reads nothing of a body without `CONTENT_LENGTH`** ([ticket
+35838](https://code.djangoproject.com/ticket/35838)): a chunked upload larger than `buffer_size` is an empty body
+there, without an error.
+    -> test_wsgi_servers.py::test_a_large_chunked_body_in_django
+
+**Give Django `spool=True`**: then the length is always known.
+    -> test_wsgi_servers.py::test_a_large_chunked_body_in_django
+
+Each chunk goes out at once.
+    -> test_wsgi_to_asgi.py::test_a_chunk_is_sent_before_the_next_is_made
+       test_wsgi_servers.py::test_events
+
+`write()`, a late `start_response`, `exc_info` and `wsgi.file_wrapper` do what PEP 3333 says.
+    -> test_wsgi_to_asgi.py::test_write
+       test_wsgi_to_asgi.py::test_write_and_a_list
+       test_wsgi_to_asgi.py::test_start_response_is_called_late
+       test_wsgi_to_asgi.py::test_an_error_page_replaces_what_was_not_sent
+       test_wsgi_to_asgi.py::test_an_error_page_comes_too_late
+       test_wsgi_to_asgi.py::test_file_wrapper
+
+No more of a body goes out than its `Content-Length` says; a body that is shorter, or `write()` of more, is a
+`RuntimeError`.
+    -> test_wsgi_to_asgi.py::test_no_more_goes_out_than_its_length
+       test_wsgi_to_asgi.py::test_a_stream_that_is_too_short
+       test_wsgi_to_asgi.py::test_write_beyond_the_length_is_refused
+       test_wsgi_servers.py::test_a_response_longer_than_its_length
+
+Refused by `start_response`: a status outside 200 to 599, an invalid header name, a control character in a value,
+and a `Content-Length` that is not a number or contradicts another.
+    -> test_wsgi_to_asgi.py::test_start_response_refuses
+       test_wsgi_servers.py::test_a_head_that_would_break_the_response
+
+Fields of the connection, such as `Transfer-Encoding`, are left out.
+    -> test_wsgi_to_asgi.py::test_fields_of_the_connection_are_left_out
+       test_wsgi_servers.py::test_a_response_that_says_how_its_connection_is_used
+
+A client that goes away cancels the request: the next read or write in the thread raises the exception of a
+cancelled call, which is no `Exception`; `close()` is called.
+    -> test_wsgi_to_asgi.py::test_the_client_goes_away_in_the_middle_of_its_body
+       test_wsgi_to_asgi.py::test_the_client_goes_away_while_chunks_are_sent
+       test_wsgi_servers.py::test_client_goes_while_the_response_comes
+
+A view that computes for long can ask by `anyio.from_thread.check_cancelled()`.
+    -> test_wsgi_to_asgi.py::test_an_application_asks_whether_the_client_is_gone
+
+What the application raises goes to the server: its log, and a 500 if nothing was sent.
+    -> test_wsgi_to_asgi.py::test_an_error_before_anything
+       test_wsgi_servers.py::test_error_before_the_response
+
+That holds for `SystemExit` and `KeyboardInterrupt` too: they arrive in a `BaseExceptionGroup` and end no server.
+    -> test_wsgi_servers.py::test_an_application_that_exits
+
+What the server's `send` raises is raised to the server, but for an `OSError` after it has told of the disconnect.
+    -> test_wsgi_to_asgi.py::test_what_sending_raises
+       test_wsgi_to_asgi.py::test_a_server_that_says_twice_that_the_client_is_gone
+
+Header fields with an underscore in their name are left out: WSGI cannot tell them from those with a hyphen.
+    -> test_wsgi_to_asgi.py::test_headers_that_come_twice_and_ambiguous_ones
+
+WebSockets are refused with 403; `lifespan` is answered.
+    -> test_wsgi_servers.py::test_websocket_is_refused
+       test_wsgi_to_asgi.py::test_lifespan_is_answered
+
+`environ["asgi.scope"]` is the scope.
+    -> test_wsgi_to_asgi.py::test_environ
+
+One event loop for the whole process runs all requests and the application's lifespan, on asyncio, uvloop or trio
+(`AsgiToWsgi(app, "trio")`).
+    -> test_asgi_to_wsgi.py::test_all_requests_of_a_process_share_one_loop
+       test_asgi_to_wsgi.py::test_requests_and_responses
+
+It starts with the first request, or with `application.open()`, and ends with `close()` or when the interpreter
+exits; a forked worker starts its own.
+    -> test_asgi_to_wsgi.py::test_lifespan
+       test_asgi_to_wsgi.py::test_a_fork_has_an_event_loop_of_its_own
+       test_wsgi_servers.py::test_lifespan_of_a_process_without_requests
+
+A startup that fails is raised by each request.
+    -> test_asgi_to_wsgi.py::test_a_startup_that_fails
+       test_wsgi_servers.py::test_lifespan_that_fails_at_the_first_request
+
+The server's thread reads a body of up to 64 KiB before the application is called, a larger one when the application
+asks for it, and yields each chunk as it is sent, so server-sent events arrive one by one.
+    -> test_asgi_to_wsgi.py::test_a_cancelled_receive_loses_nothing
+       test_asgi_to_wsgi.py::test_chunks_come_as_they_are_sent
+       test_wsgi_servers.py::test_events
+
+The application is ahead by `buffer_size` (64 KiB) at most.
+    -> test_asgi_to_wsgi.py::test_the_application_waits_for_a_slow_server
+       test_promises.py::test_defaults_of_the_adapters
+
+A body is never spooled: it is read piece by piece, and what a server keeps of it in front of that is its own.
+    -> test_asgi_to_wsgi.py::test_a_cancelled_receive_loses_nothing
+       test_wsgi_servers.py::test_large_body
+
+The server closing the iterable cancels the application.
+    -> test_asgi_to_wsgi.py::test_the_server_closes_the_response
+
+Background tasks after a complete response go on without the thread.
+    -> test_asgi_to_wsgi.py::test_background_tasks_go_on_after_the_response
+
+While that thread waits for a piece of the body it can send nothing: a client that sends slowly delays an answer in
+the middle.
+    -> test_asgi_to_wsgi.py::test_nothing_is_sent_while_the_body_is_read
+
+`send` checks the head of a response as `start_response` does in the other direction, and that the body is as long
+as its `Content-Length`: what is wrong is raised to the application there.
+    -> test_asgi_to_wsgi.py::test_what_would_break_the_response_is_refused
+       test_asgi_to_wsgi.py::test_a_body_that_is_not_what_was_said
+
+What the application raises before its response starts is raised to the server.
+    -> test_asgi_to_wsgi.py::test_an_error_before_the_response
+
+`SystemExit` and `KeyboardInterrupt` do what they do in any WSGI application: wsgiref logs them and answers 500,
+waitress logs them and leaves the client without an answer, gunicorn's worker exits (with the exit codes 3 and 4,
+gunicorn as a whole).
+    -> test_asgi_to_wsgi.py::test_what_is_no_exception
+       test_wsgi_servers.py::test_an_application_that_exits
+
+WSGI has no WebSockets; a request for one is answered with 501.
+    -> test_asgi_to_wsgi.py::test_websockets_are_refused
+
+`scope["wsgi.environ"]` is the environment.
+    -> test_asgi_to_wsgi.py::test_scope
+""",
 }
 
 NO_PROMISE: Final[dict[str, str]] = {
@@ -1016,5 +1196,19 @@ It does not hide names, sizes and times, and whoever can write to Redis can send
 until it expires.
 
 The demo is a demo: it authenticates nobody.
+""",
+    "docs/wsgi.md": """
+Two adapters, for moving one application at a time.
+
+Neither knows of channel layers; both are here because the parts that talk to each other rarely all speak the same
+protocol.
+
+`wsgi.input` is to be read in the request's own thread.
+
+At the exit of the interpreter executors are closed already (`asyncio.to_thread` no longer works) and a shutdown
+that never answers holds it up: an application whose shutdown does much is closed explicitly, in gunicorn's
+`worker_exit` for example.
+
+`gevent` and `eventlet` workers are not supported: they replace the threads that this is made of.
 """,
 }

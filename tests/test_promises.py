@@ -13,10 +13,13 @@ from doc_pages import ROOT
 from promises import NO_PROMISE, PROMISES
 
 from anyio_channels import RedisChannelLayer, RedisPubSubChannelLayer
+from anyio_channels.wsgi import AsgiToWsgi, WsgiToAsgi
 
 TESTS = ROOT / "tests"
 CHECKS = ROOT / "anyio_channels" / "testing" / "checks.py"
 _FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+_MEASURED = "\n## Beside other adapters\n"
+"""What was measured once, up to the end of its page, is no promise."""
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\"*\[(])|(?<=[.!?]\*\*)\s+(?=[A-Z])")
 _ITEM = re.compile(r"^ *(?:[-*]|\d+\.) +", re.MULTILINE)
 
@@ -26,8 +29,8 @@ def one_line(text: str) -> str:
 
 
 def sentences(page: str) -> Iterator[str]:
-    """Yield the sentences of a page, and ``row / column: cell`` of its tables; no headings, no code."""
-    for block in re.split(r"\n\s*\n", _FENCED.sub("", page)):
+    """Yield the sentences of a page, and ``row / column: cell`` of its tables; no headings, no code, nothing measured."""
+    for block in re.split(r"\n\s*\n", _FENCED.sub("", page.partition(_MEASURED)[0])):
         text = block.strip()
         if text.startswith("|"):
             yield from cells(text)
@@ -126,6 +129,17 @@ def test_defaults_are_those_of_the_page() -> None:
         assert [queue[name].default, pubsub[name].default] == [expected, expected]
 
 
+def test_defaults_of_the_adapters() -> None:
+    """The options on the page about WSGI have the defaults that it names."""
+    page = (ROOT / "docs" / "wsgi.md").read_text()
+    defaults = dict(re.findall(r"^\| `(\w+)` \| (\d+|\d+ KiB|`False`) \|", page, re.MULTILINE))
+    assert defaults == {"threads": "40", "buffer_size": "256 KiB", "spool": "`False`"}
+    options = inspect.signature(WsgiToAsgi).parameters
+    assert [options[name].default for name in defaults] == [40, 256 * 1024, False]
+    assert "ahead by `buffer_size` (64 KiB) at most" in page
+    assert inspect.signature(AsgiToWsgi).parameters["buffer_size"].default == 64 * 1024
+
+
 def test_how_pages_are_read() -> None:
     """Sentences end where they do; code, headings and rulers are left out; a cell is named by its row and column."""
     page = textwrap.dedent(
@@ -147,6 +161,10 @@ def test_how_pages_are_read() -> None:
         |---|---|---|
         | row | a. B | |
         | x | `y` | z |
+
+        ## Beside other adapters
+
+        Faster.
         """
     )
     assert list(sentences(page)) == [
