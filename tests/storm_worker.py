@@ -22,6 +22,7 @@ import anyio
 from anyio import CancelScope, ClosedResourceError, create_task_group, sleep, to_thread
 from anyio.lowlevel import checkpoint
 from layers_on_redis import LayerOnRedis
+from redis.exceptions import OutOfMemoryError
 
 from anyio_channels import ChannelFull, RedisChannelLayer, RedisPubSubChannelLayer
 
@@ -59,6 +60,8 @@ class Plan:
     prefix: str
     seed: int
     messages: int
+    troubled: bool = False
+    """Whether Redis is put in trouble meanwhile."""
 
     def make_layer(self) -> LayerOnRedis:
         options: dict[str, Any] = {"prefix": self.prefix, "expiry": 600, "timeout": 20}
@@ -76,7 +79,8 @@ class Books:
     """What went in and what came out."""
 
     sent: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Of each message where it was sent, and what became of that: ``"sent"``, ``"full"`` or ``"cancelled"``."""
+    """Of each message where it was sent, and what became of that: ``"sent"``, ``"cancelled"``, or ``"full"``; that may have
+    been Redis as a whole."""
     received: dict[str, list[str]] = field(default_factory=dict)
     """The messages of each channel, in the order in which they came."""
     missed: dict[str, int] = field(default_factory=dict)
@@ -105,7 +109,7 @@ class Sender:
         books.sent[message] = (target, "cancelled")
         try:
             await send({"id": message})
-        except ChannelFull:
+        except (ChannelFull, OutOfMemoryError):
             books.sent[message] = (target, "full")
         else:
             books.sent[message] = (target, "sent")
@@ -235,6 +239,10 @@ class Worker:
         layer = self.other
 
         async def once() -> None:
+            with suppress(OutOfMemoryError):
+                await come()
+
+        async def come() -> None:
             async with layer.subscribe(PASSING) as inbox:
                 await sender.send(PASSING, lambda message: layer.group_send(PASSING, message), 0)
                 for _ in range(self.random.randrange(4)):
@@ -323,19 +331,23 @@ class Worker:
 class Log(logging.Handler):
     """Keeps what the layer says, but for what it is made to say here."""
 
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: list[str], known: set[str]) -> None:
         super().__init__()
         self.texts = texts
+        self.known = known
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.__dict__["anyio_channels_event"] not in ("group_send.dropped", "channel.dropped"):
+        if record.__dict__["anyio_channels_event"] not in self.known:
             self.texts.append(record.getMessage())
 
 
 def main() -> None:
     plan = Plan(**json.loads(sys.argv[1]))
     worker = Worker(plan)
-    logging.getLogger("anyio_channels").addHandler(Log(worker.books.logged))
+    known = {"group_send.dropped", "channel.dropped"}
+    if plan.troubled:
+        known |= {"pop.refused", "membership.refused"}
+    logging.getLogger("anyio_channels").addHandler(Log(worker.books.logged, known))
     backend, _, loop = plan.backend.partition("+")
     anyio.run(worker.run, backend=backend, backend_options={"use_uvloop": True} if loop == "uvloop" else {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,8 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -116,12 +118,50 @@ class SmallInboxes:
         assert self.least <= missed <= self.most
 
 
+@contextmanager
+def troubles(server: RedisServer, seed: int) -> Iterator[None]:
+    """Whatever passes and must lose nothing, one after the other: it stands still, is out of memory, ends what blocks."""
+    over = threading.Event()
+    draw = random.Random(seed)
+    had: Counter[str] = Counter()
+
+    def make_trouble() -> None:
+        with server.client() as client:
+            while not over.wait(draw.random() * 0.05):
+                what = draw.choice(["stopped", "paused", "out of memory", "unblocked"])
+                had[what] += 1
+                if what == "stopped":
+                    server.pause()
+                    over.wait(draw.random() * 0.1)
+                    server.resume()
+                elif what == "paused":
+                    client.client_pause(draw.randrange(100))
+                elif what == "out of memory":
+                    client.config_set("maxmemory", 1)
+                    over.wait(draw.random() * 0.05)
+                    client.config_set("maxmemory", 0)
+                else:
+                    for one in client.client_list():
+                        client.client_unblock(int(one["id"]), error=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(make_trouble)
+        try:
+            yield
+        finally:
+            over.set()
+            running.result()
+    assert min(had.values()) > 0
+    assert len(had) == 4
+
+
 class Storm:
     """The processes, what they did, and what is left of it in Redis."""
 
-    def __init__(self, server: RedisServer, kind: str, seed: int, messages: int) -> None:
+    def __init__(self, server: RedisServer, kind: str, seed: int, messages: int, *, troubled: bool = False) -> None:
         self.plans = [
-            Plan(kind, backend, number, server.url, "storm.", seed, messages) for number, backend in enumerate(BACKENDS)
+            Plan(kind, backend, number, server.url, "storm.", seed, messages, troubled)
+            for number, backend in enumerate(BACKENDS)
         ]
         self.server = server
         self.inboxes: dict[str, list[str]] = {}
@@ -138,12 +178,14 @@ class Storm:
                 self.inboxes |= inboxes
                 self.process_of |= dict.fromkeys(inboxes, number)
             self.go_on(workers, inboxes=self.inboxes)
-            for step in ("sending", "quiet"):
+            with troubles(self.server, self.plans[0].seed) if self.plans[0].troubled else nullcontext():
                 for worker in workers:
-                    assert worker.hear() == {"done": step}
-                if step == "quiet":
-                    self.check_who_is_there(client)
-                self.go_on(workers)
+                    assert worker.hear() == {"done": "sending"}
+            self.go_on(workers)
+            for worker in workers:
+                assert worker.hear() == {"done": "quiet"}
+            self.check_who_is_there(client)
+            self.go_on(workers)
             self.books = [Books(**worker.hear()) for worker in workers]
             self.check_connections(client)
             for worker in workers:
@@ -303,3 +345,15 @@ def test_the_books_balance(server: RedisServer, kind: str, seed: int) -> None:
     outcomes = storm.outcomes()
     assert min(outcomes["sent"], outcomes["cancelled"]) > 300
     assert (kind == "queue") == (outcomes["full"] > 50)
+
+
+@pytest.mark.parametrize("kind", ["queue", "pubsub"])
+@pytest.mark.slow
+def test_the_books_balance_in_trouble(server: RedisServer, kind: str) -> None:
+    """A Redis that stands still, is out of memory, or ends what blocks, at random, costs no message that it took."""
+    storm = Storm(server, kind, 3, messages=1200, troubled=True)
+    storm.run()
+    storm.check_statistics()
+    storm.check_messages()
+    storm.check_order()
+    assert min(storm.outcomes()["sent"], storm.outcomes()["cancelled"]) > 100
