@@ -268,9 +268,9 @@ SUBSCRIPTION_REFUSED: Final = LogEvent(
 MEMBERSHIP_REFUSED: Final = LogEvent(
     "membership.refused",
     logging.WARNING,
-    "%(error)s; memberships of open inboxes could not be renewed",
+    "%(error)s; memberships could not be renewed or ended",
     ("layer", "error", "count", "seconds"),
-    "%(error)s; memberships of open inboxes could not be renewed; %(count)d more times in the last %(seconds).0f s",
+    "%(error)s; memberships could not be renewed or ended; %(count)d more times in the last %(seconds).0f s",
 )
 CLOSE_UNFINISHED: Final = LogEvent(
     "close.unfinished",

@@ -798,6 +798,20 @@ MUTANTS: Final = (
         f"{_LAYERS} -k joined_again",
     ),
     Mutant(
+        "redis/queue/memberships.py",
+        "if not isinstance(error, ABOUT_ONE_NAME):",
+        "if error is None:",
+        "a leave that is refused for a while is told later",
+        "tests/test_redis_refusals.py -k leaving",
+    ),
+    Mutant(
+        "redis/client/cluster.py",
+        "            await sleep(pause)  # what it said may be refused at once, and asked again\n",
+        "",
+        "a slot that nobody serves does not have the cluster asked without a pause",
+        "tests/test_redis_cluster.py -k odd_moments",
+    ),
+    Mutant(
         "local/later.py",
         "if self._tasks is not None and act not in self._waiting:",
         "if self._tasks is not None:",

@@ -103,9 +103,9 @@ async def until_served(layer: Any) -> None:
 
 
 def events(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged of pops."""
+    """What was logged of pops and memberships."""
     names = [getattr(one, log.PREFIX + "event", "") for one in caplog.records]
-    return [name for name in names if name.startswith("pop.")]
+    return [name for name in names if name.startswith(("pop.", "membership."))]
 
 
 @pytest.mark.parametrize("trouble", [demoted, without_replicas, unable_to_save])
@@ -172,6 +172,34 @@ async def test_subscribing_waits_through_a_refusal(server: RedisServer) -> None:
         for channel in ("a", "b"):
             await layer.send(channel, {"to": channel})
         await until(lambda: len(got) == 2)
+
+
+async def test_leaving_waits_through_a_refusal(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """An inbox that is closed while Redis writes nothing leaves its groups when it writes again."""
+    async with make(QUEUE, server) as layer, layer.subscribe("room"):
+        group = Names(layer.prefix).group("room")
+        with server.client() as client:
+            async with layer.subscribe("room"):
+                assert client.zcard(group) == 2
+                client.config_set("min-replicas-to-write", 1)
+            await until(lambda: "membership.refused" in events(caplog))
+            assert client.zcard(group) == 2
+            client.config_set("min-replicas-to-write", 0)
+            await until(lambda: client.zcard(group) == 1)
+
+
+async def test_leaving_that_is_forbidden(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """A membership that this user may not end is told of, and not tried again."""
+    async with make(QUEUE, server) as layer:
+        with server.client() as client:
+            async with layer.subscribe("room"):
+                client.execute_command("ACL", "SETUSER", "default", "-zrem")
+            await until(lambda: "membership.refused" in events(caplog))
+            client.execute_command("ACL", "SETUSER", "default", "+zrem")
+            for _ in range(3):  # signs of life
+                before = layer.statistics().commands
+                await until(lambda before=before: layer.statistics().commands > before)  # type: ignore[misc]
+            assert client.zcard(Names(layer.prefix).group("room")) == 1
 
 
 @pytest.mark.parametrize("with_normal", [False, True])

@@ -25,7 +25,7 @@ from redis.crc import key_slot
 from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
-from .errors import MAY_SEND_AGAIN, Unreachable
+from .errors import MAY_SEND_AGAIN, Unreachable, to_error
 from .link import Call, Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Done, Parse
 from .router import Router
@@ -239,7 +239,7 @@ class Cluster(Router):
         async def ask(server: Server) -> tuple[str, list[replies.SlotRange]]:
             table = await server.ask("CLUSTER", "SLOTS", parse=replies.slot_ranges, timeout=_ASK_SECONDS)
             if not table:
-                raise redis.exceptions.ClusterDownError(f"{server.name}: no node of the cluster owns a slot")
+                raise to_error("CLUSTERDOWN no node of the cluster owns a slot", server.name)
             return server.address.host, table
 
         ended = await try_each(ask, self.servers, enough=lambda told: not isinstance(told, Exception))

@@ -23,7 +23,7 @@ from anyio_channels.contract.names import is_of_this_package
 from anyio_channels.local.directory import Directory
 from anyio_channels.local.joins import Joins
 from anyio_channels.log import MEMBERSHIP_REFUSED, said
-from anyio_channels.redis.client import ConnectionLost, Link, Request
+from anyio_channels.redis.client import ABOUT_ONE_NAME, ConnectionLost, Link, Request
 
 from .scripts import GROUP_ADD, GROUP_REMOVE
 from .setup import Setup
@@ -93,8 +93,13 @@ class Memberships:
             link.submit("ZREM", self._names.group(group), channel, done=partial(self._left, group, channel))
 
     def _left(self, group: str, channel: str, request: Request) -> None:
-        if isinstance(request.error, ConnectionLost):
+        error = request.error
+        if isinstance(error, ConnectionLost):
             self.leave_soon([(group, channel)])  # by then its group may be elsewhere
+        elif error is not None:
+            self.log_refusal(request)
+            if not isinstance(error, ABOUT_ONE_NAME):
+                self._to_leave[None].append((group, channel))  # to be told with the next sign of life
 
     def remove_dead(self, group: str, channels: Collection[str]) -> None:
         """Messages expired unread in what ``channels`` share: their process is dead, and cannot leave ``group`` itself.

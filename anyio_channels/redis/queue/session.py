@@ -91,6 +91,7 @@ class Session(LinkEvents):
         """Keep connections alive and memberships fresh, and drop what has expired."""
         self.here.sweep(float("inf"))
         self._setup.troubles.look()
+        self.memberships.leave_now()  # what was refused
         for link in tuple(self._router.links):
             if link.connection is not None:
                 before = time.monotonic()
