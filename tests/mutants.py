@@ -687,7 +687,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "redis/queue/memberships.py",
-        "        if isinstance(request.error, ConnectionLost):\n            self.leave_soon(",
+        "        if isinstance(error, ConnectionLost):\n            self.leave_soon(",
         "        if False:\n            self.leave_soon(",
         "leaving a group is told again when the connection was lost with it",
         f"{_FAULTS} -k 'leaving or while_away'",
