@@ -109,8 +109,9 @@ class Channel(Mailbox[Any]):
     def begin(self, now: float) -> None:
         """It is used for the first time: from now on it ends some time after its last use."""
         directory = self.directory
-        self.life, self.grace = directory.life, directory.grace
-        self.ends_at = now + self.life
+        self.life: float = directory.life
+        self.grace: float = directory.grace
+        self.ends_at: float = now + self.life
         if not self.listed:
             directory.mailroom.index.add(self, self._look_again(now))
 

@@ -21,7 +21,8 @@ import redis.exceptions
 class Shown(redis.exceptions.RedisError):
     """An error whose ``repr`` has its text: that of redis 8 has only a category and the name of the class."""
 
-    __repr__ = Exception.__repr__
+    def __repr__(self) -> str:
+        return Exception.__repr__(self)
 
 
 class Unreachable(Shown, redis.exceptions.ConnectionError):
