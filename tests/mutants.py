@@ -688,7 +688,7 @@ MUTANTS: Final = (
     Mutant(
         "redis/queue/memberships.py",
         "        if isinstance(error, ConnectionLost):\n            self.leave_soon(",
-        "        if False:\n            self.leave_soon(",
+        "        if isinstance(error, ConnectionLost):\n            tuple(",
         "leaving a group is told again when the connection was lost with it",
         f"{_FAULTS} -k 'leaving or while_away'",
     ),
@@ -968,9 +968,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "cli/__init__.py",
-        "        _forget_unwritten(sys.stdout)\n        _forget",
-        "        _forget",
-        "an output that nobody reads is no error",
+        "if _forget_unwritten(sys.stdout):",
+        "if False:",
+        "help that cannot be written is one line on standard error",
         "tests/test_cli_messages.py -k cannot_be_written",
     ),
     Mutant(

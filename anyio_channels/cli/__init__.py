@@ -37,7 +37,6 @@ def main() -> None:
             sys.exit(1)
         raise
     finally:
-        _forget_unwritten(sys.stdout)
         _forget_unwritten(sys.stderr)
 
 
