@@ -418,8 +418,9 @@ a call that is cancelled / pub/sub: the same
        check_cancelled_receive
 
 an inbox and an outage / queue: with `on_gap`, one gap of unknown size (`None`) after each reconnect, of each of its
-two connections
+two connections, and when its server has become a replica
     -> test_redis_faults.py::test_an_inbox_is_told_of_the_outage
+       test_redis_refusals.py::test_an_inbox_is_told_of_a_demotion
        test_redis_faults.py::test_a_pop_that_is_cut_off
 
 an inbox and an outage / pub/sub: the same; `on_disconnect` and `on_reconnect` besides

@@ -139,6 +139,36 @@ async def test_readers_wait_through_an_unblock(
     assert events(caplog) == ["pop.refused"]
 
 
+@pytest.mark.parametrize(("trouble", "is_told"), [(demoted, True), (without_replicas, False)])
+async def test_an_inbox_is_told_of_a_demotion(
+    trouble: Trouble, is_told: bool, server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replica has the data of another server, which may lack what was sent: one gap. Who only refuses has lost nothing."""
+    async with (
+        make(QUEUE, server) as layer,
+        layer.subscribe("room", on_gap="event") as inbox,
+        create_task_group() as tg,
+    ):
+        got: list[Any] = []
+
+        async def read() -> None:
+            while True:
+                got.append(await inbox.receive())
+
+        tg.start_soon(read)
+        with trouble(server):
+            await until(lambda: "pop.refused" in events(caplog))
+            if is_told:
+                await until(lambda: got)
+            before = layer.statistics().commands
+            await until(lambda: layer.statistics().commands > before + 5)  # it is refused again
+        await until_served(layer)
+        await layer.group_send("room", {"n": 1})
+        await until(lambda: {"n": 1} in got)
+        assert got == [{"type": "channel_layer.gap", "missed": None}] * is_told + [{"n": 1}]
+        tg.cancel_scope.cancel()
+
+
 async def test_fetching_waits_through_a_script(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """BUSY: a reader that comes while a script runs waits, and has its message when that is over."""
     async with make(QUEUE, server) as layer, create_task_group() as tg:

@@ -75,7 +75,7 @@ class BlockingPop(Source, LinkEvents):
         self.popping: bool = False
         self.waking: bool = False
         self.refused: bool = False
-        self._in_outage = False  # refused, and not served since
+        self._demoted = False  # the server says that it is a replica, and has served nothing since
         self.pops_many: bool = False
         self._popped_many = False
         self._to_drain: set[str] = set()
@@ -204,13 +204,13 @@ class BlockingPop(Source, LinkEvents):
         if isinstance(error, ConnectionLost):
             return  # it goes on when the connection is up
         if error is not None:
-            if not self._in_outage and not isinstance(error, ABOUT_ONE_NAME):
-                self._in_outage = True
-                self._on_gap()  # others were refused too, or the data is another server's by now
+            if isinstance(error, redis.exceptions.ReadOnlyError) and not self._demoted:
+                self._demoted = True
+                self._on_gap()  # its data is another server's from now on
             self.refused = True
             self._receiving.source_refused(self, error)
             return
-        self._in_outage = False
+        self._demoted = False
         if request.reply is not None:
             self._hand_on(*request.reply)
         self._pop()
