@@ -412,10 +412,24 @@ MUTANTS: Final = (
     # A small Redis client
     Mutant(
         "redis/client/protocol.py",
-        "batch = [request for request in queue if not request.abandoned]",
-        "batch = list(queue)",
-        "a request that is given up before it is written is never written",
+        "            self.queue.pop(self, None)\n",
+        "            pass\n",
+        "a request that is given up before it is written is never written, and is dropped at once",
         f"{_PROTOCOL} {_CONNECTION}",
+    ),
+    Mutant(
+        "redis/client/connection.py",
+        "                request.drop()\n",
+        "                request.abandoned = True\n",
+        "a request that timed out before it was written is dropped at once",
+        _CONNECTION,
+    ),
+    Mutant(
+        "redis/client/protocol.py",
+        "            if size >= PIECE:\n                break\n",
+        "",
+        "what is queued is written piece by piece, so that it can still be dropped",
+        _PROTOCOL,
     ),
     Mutant(
         "redis/client/protocol.py",

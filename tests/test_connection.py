@@ -222,9 +222,11 @@ async def test_a_queue_of_cancelled_callers() -> None:
         for caller in callers:
             await tasks.start(caller.run)
         await settle()
+        assert connection.pending == 3
         for caller in callers:
             caller.cancel()
         await settle()
+        assert connection.pending == 1
         stream.go_on()
         await settle()
         assert len(stream.written) == 1
@@ -501,6 +503,7 @@ async def test_a_request_may_have_its_own_timeout(first: str) -> None:
             await reply_to(request)
         assert info.value.may_have_run is (first == "is written")
         assert not done
+        assert connection.pending == (2 if first == "is written" else 1)
         stream.go_on()
         stream.feed(b"+OK\r\n", b"+LATE\r\n" if first == "is written" else b"+OK\r\n")
         if first == "hangs":

@@ -17,7 +17,7 @@ from anyio_channels.redis.client.errors import (
     WrongTypeError,
     to_error,
 )
-from anyio_channels.redis.client.protocol import MOST_ELEMENTS, Request, RespProtocol
+from anyio_channels.redis.client.protocol import MOST_ELEMENTS, PIECE, Request, RespProtocol
 
 NAME = "Redis at there:1"
 KINDS = {
@@ -69,14 +69,20 @@ def splits(wire: bytes) -> Iterator[list[bytes]]:
     yield [wire[at : at + 1] for at in range(len(wire))]
 
 
+def add(protocol: RespProtocol, request: Request) -> None:
+    """Queue a request, as the driver does."""
+    request.queue = protocol.queue
+    protocol.queue[request] = None
+
+
 def waiting(*requests: Request, queued: Sequence[Request] = ()) -> RespProtocol:
     """A protocol on which ``requests`` are in flight, and ``queued`` are not."""
     protocol = RespProtocol(NAME)
     for request in requests:
-        protocol.queue.append(request)
+        add(protocol, request)
     protocol.data_to_send()
     for request in queued:
-        protocol.queue.append(request)
+        add(protocol, request)
     return protocol
 
 
@@ -293,7 +299,7 @@ def test_subscribe_wants_pushes() -> None:
 def test_commands_as_bytes() -> None:
     """A command is an array of bulk strings; numbers are written as text, and bytes as they are."""
     protocol = RespProtocol(NAME)
-    protocol.queue.append(Request((b"SET", "é", b"\r\n\xff", 12, 1.5)))
+    add(protocol, Request((b"SET", "é", b"\r\n\xff", 12, 1.5)))
     assert (
         protocol.data_to_send() == b"*5\r\n$3\r\nSET\r\n$2\r\n\xc3\xa9\r\n$3\r\n\r\n\xff\r\n$2\r\n12\r\n$3\r\n1.5\r\n"
     )
@@ -313,12 +319,48 @@ def test_what_is_queued_goes_out_at_once() -> None:
     requests = [echo(number) for number in range(3)]
     assert not protocol.queue
     for request in requests:
-        protocol.queue.append(request)
+        add(protocol, request)
     assert protocol.queue
     assert not any(request.written for request in requests)
     assert protocol.data_to_send() == b"".join(request.data for request in requests)
     assert all(request.written for request in requests)
     assert list(protocol.pending) == requests
+    requests[0].abandon()
+    assert list(protocol.pending) == requests
+
+
+def test_much_goes_out_in_pieces() -> None:
+    """Much that is queued goes out piece by piece, whole requests in order; what is in none yet was not written."""
+    protocol = RespProtocol(NAME)
+    requests = [Request(("ECHO", b"x" * (PIECE // 3))) for _ in range(5)]
+    for request in requests:
+        add(protocol, request)
+    assert protocol.data_to_send() == b"".join(request.data for request in requests[:3])
+    assert [request.written for request in requests] == [True] * 3 + [False] * 2
+    assert list(protocol.pending) == requests
+    requests[3].abandon()
+    assert protocol.data_to_send() == requests[4].data
+    assert protocol.data_to_send() == b""
+    assert list(protocol.pending) == [*requests[:3], requests[4]]
+    assert not requests[3].written
+
+
+def test_a_request_that_was_never_queued() -> None:
+    """It can be abandoned too: its caller was cancelled before there was a connection."""
+    request = echo()
+    request.abandon()
+    assert request.abandoned
+
+
+def test_a_large_request_goes_out_whole() -> None:
+    """A request that is larger than a piece is one by itself, or the end of one."""
+    for sizes in ([2 * PIECE, 1], [1, 2 * PIECE, 1]):
+        protocol = RespProtocol(NAME)
+        requests = [Request(("ECHO", b"x" * size)) for size in sizes]
+        for request in requests:
+            add(protocol, request)
+        assert protocol.data_to_send() == b"".join(request.data for request in requests[:-1])
+        assert protocol.data_to_send() == requests[-1].data
 
 
 def test_abandoned_requests() -> None:
@@ -327,10 +369,12 @@ def test_abandoned_requests() -> None:
         early, first, late, subscribe, last = echo(9), echo(0), echo(1), Request(("SUBSCRIBE", "a")), echo(3)
         protocol = RespProtocol(NAME)
         for request in (early, first, late, subscribe, last):
-            protocol.queue.append(request)
-        early.abandoned = True
+            add(protocol, request)
+        early.abandon()
+        assert list(protocol.pending) == [first, late, subscribe, last]
         assert protocol.data_to_send() == first.data + late.data + subscribe.data + last.data
-        late.abandoned = subscribe.abandoned = True
+        late.abandon()
+        subscribe.abandon()
         assert feed(protocol, chunks) == [first, late, subscribe, last]
         assert (first.reply, last.reply) == (0, 3)
         assert not early.written

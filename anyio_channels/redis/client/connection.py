@@ -1,14 +1,16 @@
 """Drives the protocol over one byte stream to a Redis server.
 
 Rules:
-- one reader and one writer. The writer sends all that is queued in one write (implicit pipelining); the reader never waits
-  for the writer or for whoever is told: replies wake their callers, pushes are handed to a plain function.
+- one reader and one writer. The writer sends all that is queued in one write, or in a few if it is much (implicit
+  pipelining); the reader never waits for the writer or for whoever is told: replies wake their callers, pushes are handed to
+  a plain function.
 - every decision is in a plain function: ``submit`` never waits, and ``execute`` only waits for what it submitted.
 - a time-out ends the wait of its caller and nothing else. The connection ends when the oldest request was not answered for
   its time since it was *written*: what waited for the connection before, or has little time left, costs others nothing.
 - one task watches the time-outs of all requests: it sleeps until the first is due, not once for each request. An event loop
   that stood still reads what has come meanwhile before anything is found to be late.
-- a cancelled caller leaves its request behind: if it was not written yet it never is, else its reply is swallowed.
+- a cancelled caller takes its request along if it was not written yet, bytes and all; else its reply is swallowed. The
+  same goes for one who waited too long.
 """
 
 from __future__ import annotations
@@ -139,7 +141,8 @@ class Connection:
             request.error = protocol.lost(may_have_run=False)
             request.settle()
             return
-        protocol.queue.append(request)
+        request.queue = queue = protocol.queue
+        queue[request] = None
         if request.waits and request.bell is None:  # else it is sent again, and waited for since
             request.bell = thread.state.new_bell()[0]
         if self._writer_bell is not None:
@@ -257,7 +260,7 @@ class Connection:
             return
         for request in tuple(self._protocol.pending):
             if request.waits and not request.abandoned and request.due <= now:
-                request.abandoned = True  # its reply is swallowed, or it is never written
+                request.drop()
                 request.error = ConnectionTimeout(
                     f"{self.server}: the server did not answer in time", may_have_run=request.written
                 )

@@ -2,7 +2,8 @@
 
 Rules:
 - requests in flight are in one first-in-first-out. An abandoned request that was handed out already keeps its place, to
-  swallow its reply; one that was not handed out yet is dropped.
+  swallow its reply; one that was not handed out yet is dropped at once, with its bytes.
+- bytes are handed out in pieces of about ``PIECE`` bytes, so that a peer that stops reading holds few of them.
 - SUBSCRIBE and its kin are answered by a push for each name; no other push answers a request.
 - the first thing that is wrong ends the protocol for good: bytes that are not RESP3, a reply that no request waits for, a
   reply or a push of the wrong shape, an announcement of more than ``MOST_ELEMENTS`` elements. It never resynchronises:
@@ -32,6 +33,8 @@ Done: TypeAlias = "Callable[[Request], object]"
 
 MOST_ELEMENTS: Final = 2**20
 """An array, map, set or push may announce this many elements: hiredis allocates the list as soon as it sees the header."""
+PIECE: Final = 2**18
+"""Bytes after which no further request goes into the same piece."""
 _WRONG_SHAPE: Final = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a parser raises for a reply of a wrong type or shape."""
 
@@ -97,6 +100,8 @@ class Request:
     """Whether a cluster's ASKING goes in front of it: then its owner looks at its success too, in ``settle``."""
     is_fence: bool = False
     """Whether an error in its place is a late answer to what is in front of it."""
+    queue: dict[Request, None] | None = None
+    """Where it is until it is written."""
 
     def __post_init__(self) -> None:
         """Pack the command."""
@@ -111,9 +116,15 @@ class Request:
         elif self.done is not None:
             self.done(self)
 
+    def drop(self) -> None:
+        """No task waits for it any more: it is not written, or its reply is swallowed."""
+        self.abandoned = True
+        if self.queue is not None:
+            self.queue.pop(self, None)
+
     def abandon(self) -> None:
         """The task that waited was cancelled: it is not written any more, or ``done`` hears what became of it."""
-        self.abandoned = True
+        self.drop()
         self.bell = None
         if self.reply is not None or self.error is not None:
             self.settle()  # the answer came before the task could run again
@@ -142,8 +153,8 @@ class RespProtocol:
         self.server: str = server
         self.ended: bool = False
         self._reader = hiredis.Reader(notEnoughData=_MORE)
-        self.queue: list[Request] = []
-        """What is to be sent: the driver appends to it, until the end."""
+        self.queue: dict[Request, None] = {}
+        """What is to be sent, in order: the driver adds to it, until the end, and says so in ``Request.queue``."""
         self._in_flight: deque[Request] = deque()
         self._held = b""
         self._why: tuple[type[ConnectionLost], str, BaseException | None] = (ConnectionLost, "it was closed", None)
@@ -160,13 +171,22 @@ class RespProtocol:
         return self._in_flight[0] if self._in_flight else None
 
     def data_to_send(self, now: float = 0.0) -> bytes:
-        """Return the bytes of all that is queued and still wanted; from ``now`` on it may have run."""
+        """Return the bytes of what is queued, or of its first piece; from ``now`` on they may have run."""
         queue = self.queue
-        self.queue = []
-        batch = [request for request in queue if not request.abandoned]
-        for request in batch:
+        batch: list[Request] = []
+        size = 0
+        for request in queue:
             request.written = True
             request.written_at = now
+            batch.append(request)
+            size += len(request.data)
+            if size >= PIECE:
+                break
+        if len(batch) == len(queue):
+            queue.clear()
+        else:
+            for request in batch:
+                del queue[request]
         self._in_flight.extend(batch)
         return batch[0].data if len(batch) == 1 else b"".join([request.data for request in batch])
 
