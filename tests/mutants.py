@@ -425,6 +425,13 @@ MUTANTS: Final = (
         _CONNECTION,
     ),
     Mutant(
+        "redis/queue/memberships.py",
+        "        for group, channel in self._to_leave.pop(None, ()):\n",
+        "        for group, channel in [one for link in list(self._to_leave) for one in self._to_leave.pop(link)]:\n",
+        "leaving during an outage costs the same however many wait to leave",
+        f"{_FAULTS} -k closing_many",
+    ),
+    Mutant(
         "redis/client/protocol.py",
         "            if size >= PIECE:\n                break\n",
         "",

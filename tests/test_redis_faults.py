@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -39,6 +41,7 @@ from layers_on_redis import (
 )
 from redis_server import Proxy, RedisServer, Script, TLSProxy, free_port, make_certificates
 
+import anyio_channels
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, RedisPubSubChannelLayer
 from anyio_channels.redis.client import Request
 from anyio_channels.redis.queue import room
@@ -833,6 +836,42 @@ async def test_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
                     assert set(client.pubsub_channels("*")) == {
                         name.encode() for name in (stays.channel, Names(layer.prefix).group_topic("stays"))
                     }
+
+
+@both
+async def test_closing_many_inboxes_while_away(kind: Kind, server: RedisServer) -> None:
+    """An inbox that is closed while Redis is away costs the same however many were closed before it."""
+    few, many = [await calls_to_close(kind, server, count) for count in (150, 300)]
+    assert few > 150
+    assert many < 2.5 * few, f"{few} calls to close 150 inboxes, {many} to close 300"
+
+
+async def calls_to_close(kind: Kind, server: RedisServer, count: int) -> int:
+    """Open so many inboxes, kill Redis, close them one by one; return how many calls of functions of the package that took."""
+    package = str(Path(anyio_channels.__file__).parent)
+    calls = 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(package)
+
+    async with make(kind, server.url, timeout=0.2) as layer:
+        inboxes = [layer.subscribe(f"room{number % 10}") for number in range(count)]
+        for inbox in inboxes:
+            await inbox.__aenter__()
+        await to_thread.run_sync(server.kill)
+        await until(lambda: layer.statistics().connections == 0)
+        sys.setprofile(note)
+        try:
+            for inbox in inboxes:
+                await inbox.__aexit__(None, None, None)
+                for _ in range(3):  # what it leaves to be done soon is done
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            sys.setprofile(None)
+        assert layer.statistics().members == 0
+    await to_thread.run_sync(server.start)
+    return calls
 
 
 @pytest.mark.parametrize("make_channel", ["subscribe", "new_channel"])
