@@ -35,10 +35,12 @@ and when a mailbox is full
        test_hub.py::test_a_full_channel_and_a_full_member
 
 **delivery** / what it costs: memory: an encoding, and a decoding for each receiver. Queue: one script for `send`,
-two for `group_send`, and a pop that may bring many messages; on a normal channel a round trip for each. Pub/sub:
+two for `group_send` (more to more than 1,000 keys),
+and a pop that may bring many messages; on a normal channel a round trip for each. Pub/sub:
 one `PUBLISH` for either
     -> test_memory.py::test_one_broadcast_is_one_copy
        test_redis_layers.py::test_calls_to_redis
+       test_redis_queue.py::test_a_refused_piece_of_a_broadcast
 
 **order** / in memory: that of sending, for each channel
     -> check_order
@@ -192,7 +194,8 @@ reaches one; those who wait are called in the order in which they came
        check_readers_in_turn
 
 cancellation / the rule: a cancelled `receive` has taken nothing. A cancelled `send` or `group_send` happened whole
-or not at all (in memory: not at all). Both hold for anyio's and trio's cancel scopes and for asyncio's own
+or not at all (in memory: not at all; a broadcast of the queue layer: see below). Both hold
+for anyio's and trio's cancel scopes and for asyncio's own
 `Task.cancel()`, `wait_for()` and `timeout()`
     -> check_cancelled_receive
        check_native_cancellation
@@ -408,12 +411,27 @@ than `expiry` joins its groups again
 a process that was killed / pub/sub: is gone with its connection
     -> test_redis_layers.py::test_nothing_is_left_in_redis
 
-a call that is cancelled / queue: a `send` or `group_send` happened whole or not at all; a cancelled wait took
-nothing
+a call that is cancelled / queue: a `send` happened whole or not at all, and so did what a `group_send` had for one
+server (in a cluster: for one key); a cancelled wait took nothing
     -> check_every_call_is_cancellable
        check_cancelled_receive
+       test_redis_queue.py::test_a_cancelled_broadcast_in_pieces
+       test_redis_queue.py::test_a_cancelled_broadcast_in_a_cluster_that_happened_is_counted
 
-a call that is cancelled / pub/sub: the same
+a broadcast to many / queue: goes to each server in calls of at most 1,000 keys and 8 MiB of entries, one after the
+other. The message is in each call once; with encryption keys, and in a cluster, it is in each entry, and no more than
+those of one call are held at a time. Once the first call has run the others follow, also if Redis refuses one of them,
+or (not in a cluster) the caller is cancelled; if the connection breaks, the rest is not sent
+    -> test_redis_queue.py::test_a_broadcast_goes_out_once
+       test_redis_queue.py::test_an_encrypted_broadcast_is_held_in_pieces
+       test_redis_queue.py::test_a_broadcast_in_a_cluster_is_held_in_pieces
+       test_redis_queue.py::test_a_refused_piece_of_a_broadcast
+       test_redis_queue.py::test_a_cancelled_broadcast_in_pieces
+
+a broadcast to many / pub/sub: is one `PUBLISH`
+    -> test_redis_layers.py::test_calls_to_redis
+
+a call that is cancelled / pub/sub: a `send` or `group_send` happened or did not; a cancelled wait took nothing
     -> check_every_call_is_cancellable
        check_cancelled_receive
 
@@ -552,8 +570,10 @@ members of a group / pub/sub: `RedisPubSubChannelLayer`, `redis+pubsub://`: chan
 `group_channels` / pub/sub: `RedisPubSubChannelLayer`, `redis+pubsub://`: those of this process
     -> test_redis_layers.py::test_pubsub_groups_are_local
 
-calls to Redis for a `send` / a broadcast / queue: `RedisChannelLayer`, `redis://`: 1 / 2
+calls to Redis for a `send` / a broadcast / queue: `RedisChannelLayer`, `redis://`: 1 / 2, and more
+to more than 1,000 keys or of more than 8 MiB
     -> test_redis_layers.py::test_calls_to_redis
+       test_redis_queue.py::test_a_broadcast_goes_out_once
 
 calls to Redis for a `send` / a broadcast / pub/sub: `RedisPubSubChannelLayer`, `redis+pubsub://`: 1 / 1
     -> test_redis_layers.py::test_calls_to_redis

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.exceptions
 from anyio import create_task_group, fail_after
 from anyio.lowlevel import checkpoint
+from channels_redis.serializers import registry
 from layers_on_redis import (
     KINDS,
     PATIENCE,
@@ -276,6 +280,7 @@ async def cancel_a_broadcast(layer: RedisChannelLayer, servers: list[RedisServer
     async with writes_paused(server):
         async with begun(layer, partial(layer.group_send, "room", {"n": 1})):
             await until(lambda: owner.connection is not None and owner.connection.pending)
+            await until_sent(layer)
         if lost:
             await cut_off(layer, server)
     await until_answered(layer)
@@ -303,6 +308,135 @@ def test_a_native_cancellation_after_the_reply() -> None:
         assert heard == [1]
 
     asyncio.run(main())
+
+
+# Broadcasts in pieces
+
+
+def put_into_group(client: Any, layer: Any, names: Iterable[str]) -> None:
+    client.zadd(Names(layer.prefix).group("room"), dict.fromkeys(names, time.time()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"serializer_format": "json"}, {"random_prefix_length": 20}], ids=["msgpack", "json", "long prefix"]
+)
+async def test_a_broadcast_goes_out_once(redis_server: RedisServer, options: dict[str, Any]) -> None:
+    """What the entries of all members have in common goes to Redis once for each piece; they are those of channels_redis."""
+    names = [f"user.{number}" for number in range(100)]
+    message = {"text": "x" * 200_000}
+    async with Proxy(redis_server.host, redis_server.port) as proxy:
+        layer = RedisChannelLayer([proxy.url], prefix=new_prefix(), timeout=PATIENCE, **options)
+        async with layer:
+            with redis_server.client() as client:
+                put_into_group(client, layer, names)
+                before = proxy.bytes_to_server
+                await layer.group_send("room", message)
+                assert proxy.bytes_to_server - before < 1_000_000
+                entries = {name: client.zrange(key_of(layer, name), 0, -1) for name in names}
+            await layer.flush()
+    length = options.get("random_prefix_length", 12)
+    theirs = registry.get_serializer(options.get("serializer_format", "msgpack"), random_prefix_length=length)
+    for name, (entry,) in entries.items():
+        assert entry[length:] == theirs.as_bytes({**message, "__asgi_channel__": [name]})
+    assert len({entry[:length] for (entry,) in entries.values()}) == 100
+
+
+async def most_held(call: Callable[[], Awaitable[object]]) -> int:
+    """Return the most bytes that ``call`` held at a time, beyond those that were held before."""
+    tracemalloc.start()
+    try:
+        with fail_after(PATIENCE):
+            await call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+async def test_an_encrypted_broadcast_is_held_in_pieces(redis_server: RedisServer) -> None:
+    """Where each entry is encrypted by itself, few are held at a time."""
+    async with make(QUEUE, redis_server, symmetric_encryption_keys=["secret"]) as layer:
+        with redis_server.client() as client:
+            put_into_group(client, layer, (f"user.{number}" for number in range(30)))
+            held = await most_held(lambda: layer.group_send("room", {"text": "x" * 2_000_000}))
+            assert held < 64_000_000, f"{held} bytes for 30 entries of 2,666,000"
+            assert all(client.zcard(key_of(layer, f"user.{number}")) == 1 for number in range(30))
+            assert len((await layer.receive("user.29"))["text"]) == 2_000_000
+            assert layer.statistics().sent == 30
+        await layer.flush()
+
+
+async def test_a_broadcast_in_a_cluster_is_held_in_pieces(quiet_cluster: RedisCluster) -> None:
+    """In a cluster, where each key is sent to by itself, few entries are held at a time, also if some are refused."""
+    layer = RedisChannelLayer(
+        quiet_cluster.hosts, cluster=True, prefix=f"{{{new_prefix()}}}", timeout=PATIENCE, connect_timeout=PATIENCE
+    )
+    async with layer:
+        link = link_to_channel(layer, "user.0")
+        for number in range(30):
+            await link.execute("ZADD", Names(layer.prefix).group("room"), int(time.time()), f"user.{number}")
+        for number in (3, 17):
+            await link.execute("SET", key_of(layer, f"user.{number}"), "odd")
+
+        async def send() -> None:
+            with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+                await layer.group_send("room", {"text": "x" * 2_000_000})
+
+        held = await most_held(send)
+        assert held < 40_000_000, f"{held} bytes for 30 entries of 2,000,000"
+        assert layer.statistics().sent == 28
+        for number in {*range(30)} - {3, 17}:
+            assert await link.execute("ZCARD", key_of(layer, f"user.{number}")) == 1
+        await layer.flush()
+
+
+@pytest.mark.parametrize("odd", [0, 1500], ids=["the first", "another"])
+async def test_a_refused_piece_of_a_broadcast(redis_server: RedisServer, odd: int) -> None:
+    """A piece that Redis refuses does not keep the others from being sent; the sender is told."""
+    names = [f"user.{number}" for number in range(2500)]
+    async with make(QUEUE, redis_server) as layer:
+        with redis_server.client() as client:
+            put_into_group(client, layer, names)
+            in_order = [name.decode() for name in client.zrange(Names(layer.prefix).group("room"), 0, -1)]
+            client.set(key_of(layer, in_order[odd]), "odd")
+            with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"), fail_after(PATIENCE):
+                await layer.group_send("room", {"n": 1})
+            piece = odd // 1000 * 1000
+            others = in_order[:piece] + in_order[piece + 1000 :]
+            assert all(client.exists(key_of(layer, name)) for name in others)
+            assert layer.statistics().sent == len(others)
+            client.delete(key_of(layer, in_order[odd]))
+            await layer.group_send("room", {"n": 2})
+            assert layer.statistics().sent == len(others) + 2500
+            assert await receive(layer, 1, in_order[odd]) == [2]
+            assert await receive(layer, 2, others[-1]) == [1, 2]
+        await layer.flush()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["runs", "lost"])
+async def test_a_cancelled_broadcast_in_pieces(two_servers: list[RedisServer], lost: bool) -> None:
+    """A broadcast in pieces that is cancelled when the first was sent is sent whole, unless the connection is lost."""
+    async with make(QUEUE, *two_servers) as layer:
+        asked = link_to_group(layer, "room")
+        owner = next(link for link in layer.options.router.links if link is not asked)
+        server, other = sorted(two_servers, key=lambda one: one.port != port_of(owner))
+        names = [name for name in (f"user.{n}" for n in range(6000)) if link_to_channel(layer, name) is owner][:2500]
+        with other.client() as client:
+            put_into_group(client, layer, names)
+        async with writes_paused(server):
+            async with begun(layer, partial(layer.group_send, "room", {"n": 1})):
+                await until(lambda: owner.connection is not None and owner.connection.pending)
+                await until_sent(layer)
+            if lost:
+                await cut_off(layer, server)
+        with fail_after(PATIENCE), server.client() as client:
+            await until(lambda: lost or client.exists(key_of(layer, names[-1])))
+            await until_answered(layer)
+            found = sum(
+                client.exists(*(key_of(layer, name) for name in names[start : start + 500]))
+                for start in range(0, 2500, 500)
+            )
+        await until(lambda: layer.statistics().sent == found)
+        assert found == (0 if lost else 2500)
 
 
 # What is lost, and what comes twice

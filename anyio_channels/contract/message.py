@@ -102,9 +102,13 @@ class Codec:
 
     def address(self, body: bytes, key: str, names: str | list[str]) -> bytes:
         """Return ``body`` with ``names`` under the reserved ``key``, without encoding the message again."""
+        return self.before_names(body, key) + self.names(names)
+
+    def before_names(self, body: bytes, key: str) -> bytes:
+        """Return the part of ``address(body, key, names)`` that is the same whatever the names; ``names()`` is the rest."""
         if self._is_json:
             separator = b", " if len(body) > len(b"{}") else b""
-            return body[:-1] + separator + json.dumps({key: names}).encode()[1:]
+            return body[:-1] + separator + json.dumps(key).encode() + b": "
         first = body[0]
         if first <= 0x8F:  # noqa: PLR2004 - a map of up to 15 entries (https://github.com/msgpack/msgpack/blob/master/spec.md)
             size, start = first & 0x0F, 1
@@ -118,7 +122,11 @@ class Codec:
             head = b"\xde" + size.to_bytes(2, "big")
         else:
             head = b"\xdf" + size.to_bytes(4, "big")
-        return head + body[start:] + packb(key) + packb(names)
+        return head + body[start:] + packb(key)
+
+    def names(self, names: str | list[str]) -> bytes:
+        """Return the last part of ``address(body, key, names)``, behind ``before_names()``."""
+        return json.dumps(names).encode() + b"}" if self._is_json else packb(names)
 
     def decode_body(self, body: bytes) -> dict[str, Any]:
         """Return a fresh message from a body, reserved keys and all, or raise ``Unreadable``."""

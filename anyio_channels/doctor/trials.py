@@ -128,7 +128,7 @@ class Trials:
             self._call(SEND, [key], entry, 10, _SECONDS),
             self._call(POP, [key, room], 1, _SECONDS, 0),
             self._call(POP, [key, room], 1, _SECONDS, 0),  # by its digest now
-            self._call(GROUP_SEND, [key], _SECONDS, 10, entry),
+            self._call(GROUP_SEND, [key], _SECONDS, entry, 10, "", ""),
             self._run("BZPOPMIN", key, _BRIEFLY),
             self._run("CLIENT", "ID"),
             *(many if pops_many else []),

@@ -136,6 +136,18 @@ class PayloadCodec(Codec):
             return (os.urandom(self._prefix_length) if prefix is None else prefix) + body
         return body
 
+    def seal_each(
+        self, body: bytes, key: str, addressees: Iterable[list[str]]
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        """Return the payloads for ``body``, each with other names under ``key``, without a copy of it for each.
+
+        They come as the bytes that all have in common, and for each what is before and behind those. With encryption keys they
+        have nothing in common: each is encrypted as a whole.
+        """
+        if self._crypter is not None:
+            return b"", [(self.seal(self.address(body, key, names)), b"") for names in addressees]
+        return self.before_names(body, key), [(os.urandom(self._prefix_length), self.names(one)) for one in addressees]
+
     def unseal(self, payload: bytes) -> bytes:
         """Return the body in ``payload``, or raise ``Unreadable``."""
         if self._prefix_length:

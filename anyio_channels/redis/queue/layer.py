@@ -3,6 +3,7 @@
 Rules:
 - this is the API; what lives while the layer is open is a ``Session``, a new one at each opening.
 - what must happen at once in Redis is one script; a broadcast is two calls: who the members are, and the messages.
+- a large broadcast is several calls, one after the other: neither this process nor Redis handles too much of it at once.
 - a call checks its input, then for cancellation, then that the layer is open; only then does it touch Redis.
 """
 
@@ -11,12 +12,13 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from threading import get_ident
 from typing import Any, Final
 
-from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError
+import redis.exceptions
+from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError, Event
 from anyio.abc import TaskStatus
 
 from anyio_channels.contract.layer import BaseChannelLayer, Life, Message, OnGap, Overflow
@@ -39,6 +41,11 @@ from .setup import Setup
 __all__ = ["RedisChannelLayer"]
 
 _LONGEST_PREFIX: Final = 255
+_PIECE_KEYS: Final = 1000
+"""How many keys one call of a broadcast sends to at most."""
+_PIECE_BYTES: Final = 2**23
+"""How many bytes it adds to Redis, about, unless the entry for one key alone is larger."""
+_NAME_BYTES: Final = 50
 _TAGGED: Final = re.compile(r"[^{}]*\{[^{}]+\}[^{}]*")
 
 
@@ -272,7 +279,11 @@ class RedisChannelLayer(OnRedis, AtHome):
         """Send ``message`` to every member of ``group``, as ``BaseChannelLayer.group_send`` says.
 
         Where the members are on several servers, those of one that is down are not sent it, the others are, and the error
-        says which is down. If cancelled, all on one server were sent it or none.
+        says which is down. More than 1,000 keys of one server, or 8 MiB of entries, take several calls, each of which succeeds or
+        fails within ``timeout``; if Redis refuses one of them, the others are sent.
+
+        If cancelled, all on one server were sent it or none, by several calls too, unless the connection breaks; in a cluster
+        that holds for each key, that is for each normal channel and each process.
         """
         self.require_valid_group_name(group)
         excluded = self._require_valid_exclude(exclude)
@@ -289,29 +300,58 @@ class RedisChannelLayer(OnRedis, AtHome):
             batches.setdefault(self._session.link_of(key), {})[key] = names
 
         async def send_there(link: Link) -> None:
-            await self._send_batch(link, group, body, batches[link])
+            if self._router.clustered:
+                await self._send_to_slots(group, body, batches[link])
+            else:
+                await self._told(self._send_there(link, group, body, batches[link]))
 
         if batches:
             await at_each(send_there, list(batches))
 
-    async def _send_batch(self, link: Link, group: str, body: bytes, batch: dict[str, list[str]]) -> None:
-        """Send to the members of ``group`` on one server."""
-        arguments: list[Any] = []
-        for names in batch.values():
-            arguments += (
-                self.get_capacity(names[0]),
-                self._codec.seal(self._codec.address(body, RESERVED_KEY, names)),
-            )
-        if self._router.clustered:
-            await self._send_to_slots(group, batch, arguments)
-            return
+    async def _send_there(self, link: Link, group: str, body: bytes, batch: dict[str, list[str]]) -> None:
+        """Send to the members of ``group`` on one server, by a call for each piece, in which the body is once.
 
-        def late(request: Request) -> None:
+        When the first has run the others follow, also if this is cancelled, or one of them is refused.
+        """
+        pieces = _pieces(batch, len(body))
+        errors: list[Exception] = []
+        ended = Event()
+
+        def answered(piece: dict[str, list[str]], request: Request) -> None:
             if request.error is None:
-                self._count(group, batch, request.reply)
+                self._count(group, piece, request.reply)
+            else:
+                errors.append(request.error)
+                if not isinstance(request.error, redis.exceptions.ResponseError) or link.connection is None:
+                    ended.set()  # the server is away
+                    return
+            send_next()
 
-        reply = await self._call(link, GROUP_SEND, list(batch), self.expiry, *arguments, late=late)
-        self._count(group, batch, reply)
+        def send_next() -> None:
+            if (piece := next(pieces, None)) is None:
+                ended.set()
+            else:
+                link.call_soon(*self._to_call(body, piece), done=partial(answered, piece))
+
+        piece = next(pieces)
+        try:
+            reply = await link.call(*self._to_call(body, piece), late=partial(answered, piece))
+            self._count(group, piece, reply)
+        except redis.exceptions.ResponseError as error:
+            errors.append(error)
+        if len(piece) < len(batch):
+            send_next()
+            await ended.wait()
+        if errors:
+            raise errors[0]
+
+    def _to_call(self, body: bytes, piece: dict[str, list[str]]) -> tuple[Any, ...]:
+        """Return the script, keys and arguments that send to the members in ``piece``."""
+        common, around = self._codec.seal_each(body, RESERVED_KEY, piece.values())
+        arguments: list[Any] = [self.expiry, common]
+        for names, (before, behind) in zip(piece.values(), around, strict=True):
+            arguments += (self.get_capacity(names[0]), before, behind)
+        return GROUP_SEND, list(piece), *arguments
 
     def _count(self, group: str, batch: dict[str, list[str]], reply: BroadcastReply) -> None:
         """Keep the books of a broadcast to the members in ``batch``."""
@@ -323,8 +363,8 @@ class RedisChannelLayer(OnRedis, AtHome):
             if number in reply.stale:
                 self._session.memberships.remove_dead(group, names)
 
-    async def _send_to_slots(self, group: str, batch: dict[str, list[str]], arguments: list[Any]) -> None:
-        """Send to the members on one node of a cluster: a call for each key, all at the same time."""
+    async def _send_to_slots(self, group: str, body: bytes, batch: dict[str, list[str]]) -> None:
+        """Send to the members on one node of a cluster: a call for each key, those of one piece at the same time."""
         missed = 0
 
         def count(key: str, reply: int) -> int:
@@ -334,22 +374,30 @@ class RedisChannelLayer(OnRedis, AtHome):
             self._sent += len(batch[key])
             return len(batch[key]) if reply < 0 else 0
 
-        async def send(part: tuple[str, int, bytes]) -> None:
+        async def send(key: str) -> None:
             nonlocal missed
-            key, capacity, entry = part
+            names = batch[key]
 
             def late(request: Request) -> None:
                 if request.error is None:
                     self._note_expired(request.reply)
                     self._miss(group, count(key, request.reply))
 
-            reply = await self._send_now(key, entry, capacity, late)
+            entry = self._codec.seal(self._codec.address(body, RESERVED_KEY, names))
+            reply = await self._send_now(key, entry, self.get_capacity(names[0]), late)
             missed += count(key, reply)
 
+        refusals: list[redis.exceptions.ResponseError] = []
         try:
-            await at_each(send, list(zip(batch, arguments[::2], arguments[1::2], strict=True)))
+            for piece in _pieces(batch, len(body)):
+                try:
+                    await at_each(send, list(piece))
+                except redis.exceptions.ResponseError as error:
+                    refusals.append(error)
         finally:
             self._miss(group, missed)
+        if refusals:
+            raise refusals[0]
 
     def _miss(self, group: str, missed: int) -> None:
         if missed:
@@ -519,6 +567,21 @@ class RedisChannelLayer(OnRedis, AtHome):
 
     async def _call(self, link: Link, script: Script, keys: Sequence[str], *args: Any, late: Done | None = None) -> Any:
         return await self._told(link.call(script, keys, *args, late=late))
+
+
+def _pieces(batch: dict[str, list[str]], size: int) -> Iterator[dict[str, list[str]]]:
+    """Cut ``batch``, which is not empty, so that no piece has too many keys or bytes; ``size``: of the body."""
+    piece: dict[str, list[str]] = {}
+    total = 0
+    for key, names in batch.items():
+        here = size + _NAME_BYTES * len(names)
+        if piece and (len(piece) == _PIECE_KEYS or total + here > _PIECE_BYTES):
+            yield piece
+            piece = {}
+            total = 0
+        piece[key] = names
+        total += here
+    yield piece
 
 
 @lru_cache(maxsize=65536)

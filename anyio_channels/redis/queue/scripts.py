@@ -234,7 +234,8 @@ end
 )
 
 GROUP_SEND: Final = Script.of(
-    # KEYS: channels. ARGV: expiry (seconds), then for each key its capacity and its entry.
+    # KEYS: channels. ARGV: expiry (seconds), the bytes that all entries have in common, then for each key its capacity, and what
+    # its entry has before and behind those.
     # Returns how many messages had expired, the numbers of the keys that were full, and of those in which messages had expired.
     _NOW
     + _EXPIRE
@@ -245,8 +246,8 @@ for i = 1, #KEYS do
   local here = expire(KEYS[i], ARGV[1])
   expired = expired + here
   if here > 0 then stale[#stale + 1] = i end
-  if redis.call('ZCARD', KEYS[i]) < tonumber(ARGV[2 * i]) then
-    add(KEYS[i], ARGV[2 * i + 1], ARGV[1])
+  if redis.call('ZCARD', KEYS[i]) < tonumber(ARGV[3 * i]) then
+    add(KEYS[i], ARGV[3 * i + 1] .. ARGV[2] .. ARGV[3 * i + 2], ARGV[1])
   else
     full[#full + 1] = i
   end
