@@ -465,10 +465,12 @@ several processes read, it may come to another one of them
        test_duplicates.py::test_a_replica_that_knows_of_no_pop_takes_over
        test_duplicates.py::test_a_normal_channel_whose_pops_were_lost
 
-a failover (Sentinel, cluster) / pub/sub: as an outage; nothing comes twice. A planned one in a cluster may lose a
-broadcast at the moment of the change; an inbox is told of it within `keep_alive`, but not if the slot has gone back
-by then
+a failover (Sentinel, cluster) / pub/sub: as an outage; nothing comes twice. A planned one in a cluster may lose what
+is published at the moment of the change, or overtaken on its way by a later message of its sender; an inbox is told of
+a gap as soon as its subscription is confirmed again, also if the slot has gone back by then
     -> test_redis_cluster.py::test_failover_under_load
+       test_redis_cluster.py::test_a_planned_failover_is_told_at_once
+       test_redis_cluster.py::test_what_comes_too_late_to_be_in_order_is_told
        test_redis_sentinel.py::test_failover_under_load
        test_redis_cluster.py::test_what_a_cluster_says_twice_is_delivered_once
 
@@ -477,9 +479,10 @@ a slot that moves (cluster) / queue: nothing is lost, no caller sees it
        test_redis_cluster.py::test_in_the_middle_of_a_migration
 
 a slot that moves (cluster) / pub/sub: what is published while the subscription moves may be missed; an inbox is
-told
+told of a gap once it is confirmed at the new node, also if the slot has gone back by then
     -> test_redis_cluster.py::test_slot_migrated_under_load
        test_redis_cluster.py::test_who_may_have_missed_something_is_told
+       test_redis_cluster.py::test_a_slot_that_goes_back_at_once
 
 `statistics()` / queue: counts what this process does, and what it holds
     -> check_statistics
@@ -726,7 +729,8 @@ nodes come and go while messages flow.
        test_redis_cluster.py::test_slot_migrated_under_load
        test_redis_cluster.py::test_node_added
 
-Who owns what is asked for again when a node is lost or names another, and at each `keep_alive`.
+Who owns what is asked for again when a node is lost, names another or ends a subscription, as in a planned failover,
+and at each `keep_alive`.
     -> test_redis_cluster.py::test_node_added
        test_redis_cluster.py::test_a_map_that_is_out_of_date
        test_redis_cluster.py::test_asking_who_owns_what
@@ -753,9 +757,11 @@ Pub/sub is sharded (`SPUBLISH`), so traffic spreads over the nodes.
        test_redis_cluster.py::test_names_are_spread_and_all_arrive
 
 Each pub/sub message begins with twelve bytes that say who sent it and its number: while a node takes over from
-another, both hand on what is published; what came twice, or too late to be in order, is dropped.
+another, both hand on what is published; what came twice, or too late to be in order, is dropped, and an inbox is
+told of a gap.
     -> test_redis_cluster.py::test_what_a_cluster_says_twice_is_delivered_once
        test_duplicates.py::test_what_does_not_come_after_the_last_is_dropped
+       test_redis_cluster.py::test_what_comes_too_late_to_be_in_order_is_told
 
 `create_channel_layer(url)` takes the same URLs with the layer's options in the query:
 `redis://localhost/0?capacity=500&expiry=30`.

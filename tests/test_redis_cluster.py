@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import anyio
 import pytest
 import redis.exceptions
-from anyio import create_task_group, fail_after
+from anyio import ClosedResourceError, create_task_group, fail_after
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from layers_on_redis import (
@@ -34,7 +36,7 @@ from layers_on_redis import (
 )
 from ormsgpack import packb
 from redis.crc import key_slot
-from redis_server import RedisCluster, RedisServer, free_port
+from redis_server import RedisCluster, RedisServer, free_port, wait_until
 
 from anyio_channels import ChannelFull, MessagesLost, RedisChannelLayer, create_channel_layer
 from anyio_channels.redis.client import make_router
@@ -215,6 +217,91 @@ async def test_slot_migrated_under_load(kind: Kind, cluster: RedisCluster) -> No
         tg.cancel_scope.cancel()
     assert books.failed == []
     books.balance()
+
+
+def fail_over(cluster: RedisCluster, new: RedisServer) -> None:
+    """Have ``new``, a replica, take over from its primary, as for maintenance; return when it has."""
+    ask_at = 0.0
+
+    def has_taken_over() -> bool:
+        nonlocal ask_at
+        if time.monotonic() > ask_at:  # on a busy machine the others may not have voted in time
+            ask_at = time.monotonic() + 3
+            with suppress(redis.exceptions.ResponseError):  # it was the primary a moment ago, and is not a replica yet
+                cluster.ask(new, "FAILOVER")
+        return bool(client.info("replication")["role"] == "master")
+
+    with new.client() as client:
+        wait_until(has_taken_over)
+
+
+def has_gap_and_more(got: list[int | None], begun: int) -> bool:
+    """Whether there is a gap (``None``) from ``begun`` on, and a message behind it."""
+    return None in got[begun:] and got[-1] is not None
+
+
+@pytest.mark.anyio
+async def test_a_planned_failover_is_told_at_once(cluster: RedisCluster) -> None:
+    """Where a broadcast that was accepted may be lost, a gap is told; also if the slot goes back, and long before keep_alive."""
+    async with make(PUBSUB, cluster.hosts, keep_alive=600) as layer, create_task_group() as tg:
+        inbox = await tg.start(partial(hold_inbox, layer, "room", on_gap="event"))
+        accepted: set[int] = set()
+        got: list[int | None] = []
+
+        async def send() -> None:
+            for number in itertools.count():
+                with suppress(redis.exceptions.RedisError):
+                    await layer.group_send("room", {"n": number})
+                    accepted.add(number)
+                await anyio.sleep(0.001)  # there are other tasks
+
+        async def receive() -> None:
+            with suppress(ClosedResourceError):  # closed and cancelled at once
+                while True:
+                    got.append((await inbox.receive()).get("n"))  # None for a gap
+
+        tg.start_soon(send)
+        tg.start_soon(receive)
+        await until(lambda: got)
+        old = cluster.owner(key_slot(Names(layer.prefix).group_topic("room").encode()))
+        for new in (cluster.nodes[cluster.nodes.index(old) + 3], old):
+            begun = len(got)
+            await anyio.to_thread.run_sync(partial(fail_over, cluster, new))
+            await until(partial(has_gap_and_more, got, begun))
+        tg.cancel_scope.cancel()
+    for before, after in pairwise(got):
+        if before is not None and after is not None:
+            assert not accepted.intersection(range(before + 1, after)), f"missed between {before} and {after}"
+
+
+@pytest.mark.anyio
+async def test_a_slot_that_goes_back_at_once(cluster: RedisCluster) -> None:
+    """Whoever listens in a slot that its node gave away and took back is told of a gap, and nobody else; they hear again."""
+    prefix = "{" + new_prefix() + "}"  # all groups are in one slot
+    async with (
+        make(PUBSUB, cluster.hosts, prefix=prefix, keep_alive=600) as layer,
+        layer.subscribe("a", "b", on_gap="raise") as inbox,
+        layer.subscribe("a", on_gap="event") as other,
+        layer.subscribe(on_gap="event") as elsewhere,
+    ):
+        slot = key_slot(prefix.encode())
+        assert slot not in {key_slot(one.channel.encode()) for one in (inbox, other, elsewhere)}
+        owner = cluster.owner(slot)
+        cluster.ask(owner, "DELSLOTS", slot)
+        cluster.ask(owner, "ADDSLOTS", slot)
+        with fail_after(PATIENCE):
+            with pytest.raises(MessagesLost):
+                await inbox.receive()
+            assert (await other.receive())["type"] == "channel_layer.gap"
+            await until(lambda: all(hears(layer, Names(prefix).group_topic(group)) for group in "ab"))
+            await layer.group_send("a", {"n": 1})
+            while True:
+                with suppress(MessagesLost):  # of the other group
+                    assert await inbox.receive() == {"n": 1}
+                    break
+            assert await other.receive() == {"n": 1}
+            await layer.send(elsewhere.channel, {"n": 2})
+            assert await elsewhere.receive() == {"n": 2}
 
 
 def pause() -> None:
@@ -501,6 +588,51 @@ async def test_what_a_cluster_says_twice_is_delivered_once(quiet_cluster: RedisC
 
 
 @pytest.mark.anyio
+async def test_a_gap_is_in_front_of_what_is_heard_again(quiet_cluster: RedisCluster) -> None:
+    """Also if that comes while other subscriptions are still being restored on the new connection; once, and only there."""
+    async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe("room", on_gap="event") as inbox:
+        name = Names(layer.prefix).group_topic("room")
+        link = layer.options.router.link_to("127.0.0.1", free_port())  # it is not up
+        marks = Marks()
+
+        def hear(number: int) -> None:
+            events(layer).on_push(link, [b"smessage", name.encode(), marks.next() + packb({"n": number})])
+
+        subscriptions(layer).wanted[name].lapsed = True
+        hear(1)  # from a node where it is not wanted any more
+        subscriptions(layer).wanted[name].link = link
+        hear(2)
+        hear(3)
+        gap = {"type": "channel_layer.gap", "missed": None}
+        with fail_after(PATIENCE):
+            assert [await inbox.receive() for _ in range(4)] == [{"n": 1}, gap, {"n": 2}, {"n": 3}]
+
+
+@pytest.mark.anyio
+async def test_what_comes_too_late_to_be_in_order_is_told(quiet_cluster: RedisCluster) -> None:
+    """A message that another one of its sender overtook, as between two nodes, is a gap for whoever listens there."""
+    async with (
+        make(PUBSUB, quiet_cluster.hosts) as layer,
+        layer.subscribe("room", on_gap="event") as inbox,
+        layer.subscribe("room", on_gap="raise") as other,
+        layer.subscribe(on_gap="event") as elsewhere,
+    ):
+        marks = Marks()
+        first, second = (marks.next() + packb({"n": number}) for number in (1, 2))
+        name = Names(layer.prefix).group_topic("room")
+        for payload in (second, first):
+            assert await layer.options.router.owner("", name).execute("SPUBLISH", name, payload) == 1
+        gap = {"type": "channel_layer.gap", "missed": None}
+        with fail_after(PATIENCE):
+            assert [await inbox.receive(), await inbox.receive()] == [{"n": 2}, gap]
+            assert await other.receive() == {"n": 2}
+            with pytest.raises(MessagesLost):
+                await other.receive()
+            await layer.send(elsewhere.channel, {"n": 3})
+            assert await elsewhere.receive() == {"n": 3}
+
+
+@pytest.mark.anyio
 async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None:
     """A subscription that is asked for, restored or waited for at the wrong node, or given up meanwhile, ends where it should."""
     async with make(PUBSUB, quiet_cluster.hosts) as layer, layer.subscribe() as inbox:
@@ -519,9 +651,16 @@ async def test_subscriptions_that_go_astray(quiet_cluster: RedisCluster) -> None
         subscriptions(layer).ask(name)
         await until(lambda: subscriptions(layer).wanted[name].link is not wrong and hears(layer, name))
         # The server says that it ended one, also one that nobody wants any more; and one given up before it is confirmed.
-        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", name.encode(), 0])
+        for _ in range(2):  # its node is asked once
+            events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", name.encode(), 0])
         events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", b"unknown", 0])
         assert not hears(layer, name)
+        await until(lambda: hears(layer, name))
+        # The same, and the connection is lost before the node says where it is now.
+        events(layer).on_push(layer.options.router.links[0], [b"sunsubscribe", name.encode(), 0])
+        connection = subscriptions(layer).wanted[name].link.connection
+        assert connection is not None
+        connection.end("the test said so")
         await until(lambda: hears(layer, name))
         subscriptions(layer).want("given up")
         subscriptions(layer).ask("given up")

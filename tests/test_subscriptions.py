@@ -25,7 +25,8 @@ class User(LinkEvents):
     def __init__(self, router: Router) -> None:
         self.refused: dict[str, Exception] = {}
         self.confirmed: list[str] = []
-        self.subscriptions = Subscriptions(router, self.refused.__setitem__, self.confirmed.append)
+        self.resumed: list[str] = []
+        self.subscriptions = Subscriptions(router, self.refused.__setitem__, self.confirmed.append, self.resumed.append)
         self.meanwhile: Callable[[Subscriptions], object] | None = None
 
     async def restore(self, link: Link, connection: Connection) -> None:
@@ -168,3 +169,48 @@ async def test_asking_again_while_redis_is_busy(server: RedisServer) -> None:
             await until(lambda: link.connection is None)
         await until(lambda: user.confirmed == ["a"])
     assert not user.refused
+
+
+async def test_what_lapsed_is_told_when_it_is_confirmed_again(redis_server: RedisServer) -> None:
+    """Not the first confirmation, but each that follows a loss, whether it is restored or waited for."""
+    one, other = new_prefix(), new_prefix()
+    async with using(redis_server.url, [one]) as (user, link):
+        user.subscriptions.want(other)
+        await user.subscriptions.confirm(other)
+        assert user.resumed == []
+        link.reconnect("the test said so")
+        await until(lambda: user.resumed == [one, other])
+        user.subscriptions.dropped(other)
+        assert not user.subscriptions.wanted[other].confirmed
+        await user.subscriptions.confirm(other)
+        assert user.resumed == [one, other, other]
+
+
+async def test_who_waited_in_vain(redis_server: RedisServer) -> None:
+    """A subscription that could not be confirmed in time, though it stays wanted, has lapsed: whoever wants it is told."""
+    name = new_prefix()
+    async with using(redis_server.url, []) as (user, link):
+        user.subscriptions.want(name)
+        link.reconnect("the test said so")
+        redis_server.pause()
+        link.timeout = 0.05
+        try:
+            with pytest.raises(redis.exceptions.ConnectionError):
+                await user.subscriptions.confirm(name)
+        finally:
+            redis_server.resume()
+        await until(lambda: user.resumed == [name])
+
+
+async def test_a_confirmation_that_is_on_its_way(redis_server: RedisServer) -> None:
+    """It does not count when the server says that it ended the subscription: who waits for it asks again."""
+    name = new_prefix()
+    async with using(redis_server.url, []) as (user, link), create_task_group() as tasks:
+        before = link.commands
+        user.subscriptions.want(name)
+        tasks.start_soon(user.subscriptions.confirm, name)
+        while link.commands == before:
+            await checkpoint()
+        user.subscriptions.dropped(name)
+        await until(lambda: user.subscriptions.wanted[name].confirmed)
+        assert link.commands == before + 2

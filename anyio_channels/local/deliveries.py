@@ -145,8 +145,15 @@ class Deliveries:
         for name in full:
             self._troubles.note(CHANNEL_DROPPED, name)
 
-    def missing(self, is_touched: Callable[[str], bool] = lambda _: True) -> None:
-        """Messages to the topics for which ``is_touched`` is true may have been lost: inboxes that ask for it are told."""
+    def missing(self, is_touched: str | Callable[[str], bool] = lambda _: True) -> None:
+        """Messages to the topics for which ``is_touched`` is true may have been lost: inboxes that ask for it are told.
+
+        With one topic in its place, only those that have it; then it does not matter how many others there are.
+        """
+        if isinstance(is_touched, str):
+            is_group = is_touched.startswith(_GROUP)
+            self._here.mark_outage_at(is_touched[len(_GROUP) :] if is_group else is_touched, is_group=is_group)
+            return
 
         def touches(channel: Channel) -> bool:
             return is_touched(channel.name) or any(is_touched(group_topic(one.name)) for one in channel.groups or ())

@@ -516,6 +516,20 @@ class Directory:
                     channel.mark_outage(rung)
         self.mailroom.wake(rung)
 
+    def mark_outage_at(self, name: str, *, is_group: bool) -> None:
+        """Mark it in the inbox with the channel ``name``, or in those in that group. Takes the lock itself."""
+        rung: list[Waiter] = []
+        with self.mailroom:
+            touched = (
+                (self.groups[name].members.values() if name in self.groups else ())
+                if is_group
+                else (self.channels.get(name),)
+            )
+            for channel in touched:
+                if channel is not None and channel.track_gaps:
+                    channel.mark_outage(rung)
+        self.mailroom.wake(rung)
+
     def sweep(self, limit: float = 8, group: str | None = None) -> None:
         """Drop up to ``limit`` of the things that have expired, and all members of ``group`` that have. Takes the lock itself."""
         rung: list[Waiter] = []

@@ -4,7 +4,7 @@ Rules:
 - a Redis channel for each channel name, and one for each group: every process publishes there, and each delivers to its own
   members. Redis keeps nothing: a message to a channel that nobody reads is dropped.
 - what is wanted is subscribed to again before a new connection is used. Whatever may have been missed meanwhile is told to
-  the hub, once the connection is there.
+  the hub, once the connection is there; in a cluster, once the subscription is confirmed wherever its slot is now.
 - a subscription that is asked for or given up is sent in the same plain function in which that is decided, so Redis sees
   the order of the decisions.
 - one connection to each server serves all; the hub takes pushes without waiting.
@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import redis.exceptions
 from anyio.abc import TaskStatus
-from redis.crc import key_slot
 
 from anyio_channels.contract.message import SerializerFormat, Unreadable
 from anyio_channels.local.deliveries import Deliveries, group_topic
@@ -57,7 +56,7 @@ class PubSub(Transport, LinkEvents):
         self._reset()
 
     def _reset(self) -> None:
-        self.subscriptions: Subscriptions = Subscriptions(self._router, self._refused)
+        self.subscriptions: Subscriptions = Subscriptions(self._router, self._refused, on_resumed=self._missing)
         self._topics: dict[str, list[str]] = {}  # by the Redis channel; a channel may be called as a group's is
         self._marks = Marks()
         self._heard = LastHeard()
@@ -121,14 +120,9 @@ class PubSub(Transport, LinkEvents):
 
     def on_up(self, link: Link) -> None:
         """Tell what may have been missed; what is wanted was restored before."""
-        if link.connects > 1:
-            self._deliveries.missing(lambda topic: self._owner(topic) is link)
-            self._tell_all(self._on_reconnect)
         self.subscriptions.restored(link)
-
-    def _owner(self, topic: str) -> Link:
-        name = self._name(topic)
-        return self._router.owner(name, name)
+        if link.connects > 1:
+            self._tell_all(self._on_reconnect)
 
     def on_down(self, link: Link) -> None:
         """Nothing is confirmed any more."""
@@ -139,19 +133,27 @@ class PubSub(Transport, LinkEvents):
         if message_type is not None:
             self._deliveries.tell_all({"type": message_type})
 
-    def on_moved(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - either way something may be missed
-        """Follow slots to their new owners."""
-        if moved:
-            self._deliveries.missing(lambda topic: key_slot(self._name(topic).encode()) in moved)
+    def on_moved(self, moved: set[int], lost: set[int]) -> None:  # noqa: ARG002 - what is wanted knows where it is
+        """Follow slots to their new owners; what may be missed until then is told there."""
         self.subscriptions.move()
 
-    def on_push(self, link: Link, push: list[Any]) -> None:  # noqa: ARG002 - it says itself what it is
+    def _missing(self, name: str) -> None:
+        """Something that was published to the Redis channel ``name`` may not have come."""
+        for topic in self._topics.get(name, ()):
+            self._deliveries.missing(topic)
+
+    def on_push(self, link: Link, push: list[Any]) -> None:
         """Deliver a message."""
         kind = push[0] if push else None
         if kind in (b"message", b"smessage"):
             name = push[1].decode("utf-8", "replace")
             topics = self._topics.get(name)
-            if topics is None or (self._options.cluster and not self._heard.is_new(name, push[2])):
+            if topics is None:
+                return
+            if link.connection is None:  # others are being restored
+                self.subscriptions.heard(link, name)
+            if self._options.cluster and not self._heard.is_new(name, push[2]):
+                self._missing(name)  # it came already, or so late that it may never have come: nobody can tell
                 return
             try:
                 body = self._codec.unseal(push[2])
@@ -164,6 +166,7 @@ class PubSub(Transport, LinkEvents):
             self.subscriptions.dropped(push[1].decode("utf-8", "replace"))
 
     def _refused(self, name: str, error: Exception) -> None:
+        self._missing(name)
         for topic in self._topics.get(name, ()):
             self._deliveries.unheard(topic, error, name)
 

@@ -5,7 +5,8 @@ Rules (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec
 - MOVED and ASK are followed at once, for every call. Who waits for a call also waits for what passes: TRYAGAIN, CLUSTERDOWN,
   a node that is not connected yet; no caller sees them, as long as they last no longer than ``timeout``. A command that may
   have run is not sent again.
-- who owns what is asked for again when a node is lost or says MOVED, until all owners can be reached.
+- who owns what is asked for again when a node is lost or says MOVED, until all owners can be reached. A node whose slots have
+  changed is asked itself: it knows about them before the others do.
 - a node that owns nothing any more is muted before another one is listened to, so nothing is heard twice.
 """
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import redis.exceptions
@@ -27,7 +28,7 @@ from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
 from .errors import MAY_SEND_AGAIN, Unreachable, to_error
 from .link import Call, Link, LinkEvents, Script, Timeouts
-from .protocol import Argument, Done, Parse
+from .protocol import Argument, Done, Parse, Request
 from .router import Router
 from .server import Server
 
@@ -140,6 +141,7 @@ class Cluster(Router):
         self._turn = 0
         self._moved_at: dict[int, float] = {}
         self._kept_until: dict[Link, float] = {}
+        self._asked: set[Link] = set()
 
     @property
     def name(self) -> str:
@@ -204,6 +206,17 @@ class Cluster(Router):
         """Ask who owns what."""
         self._bell.set()
 
+    def changed(self, link: Link) -> None:
+        """Ask the node of ``link`` who owns what it owned; ``on_moved`` is called when it has answered, if it does."""
+        if link not in self._asked:
+            self._asked.add(link)
+            link.submit("CLUSTER", "SLOTS", parse=replies.slot_ranges, done=partial(self._told, link))
+
+    def _told(self, link: Link, request: Request) -> None:
+        self._asked.discard(link)
+        table = [] if request.error is not None else request.reply
+        self._apply(link.server.address.host, table, only_from=link)
+
     async def _follow_changes(self) -> None:
         pause = _PAUSE
         while True:
@@ -249,15 +262,18 @@ class Cluster(Router):
             error = told
         raise error
 
-    def _apply(self, its_host: str, table: list[replies.SlotRange]) -> None:
-        """Take over what CLUSTER SLOTS said."""
+    def _apply(self, its_host: str, table: list[replies.SlotRange], *, only_from: Link | None = None) -> None:
+        """Take over what CLUSTER SLOTS said, or of that, only who has what ``only_from`` owned."""
         found: dict[int, Link] = {}
         for first, last, host, port in table:
             # A node that does not know its own address leaves it out.
-            found.update(dict.fromkeys(range(first, last + 1), self.link_to(host or its_host, port)))
+            slots = [slot for slot in range(first, last + 1) if only_from in (None, self._owners[slot])]
+            if slots:
+                found.update(dict.fromkeys(slots, self.link_to(host or its_host, port)))
+        others = () if only_from is None else (link for slot, link in enumerate(self._owners) if slot not in found)
         now = time.monotonic()
         self._kept_until = {link: until for link, until in self._kept_until.items() if until > now}
-        used = {*found.values(), *self._kept_until}
+        used = {*found.values(), *others, *self._kept_until}
         leaving = [link for link in self.links if link not in used]
         self.links: list[Link] = [link for link in self.links if link in used]  # anew, for some go through the old one
         for link in leaving:

@@ -71,6 +71,9 @@ class Router:
     def follow(self, error: redis.exceptions.RedisError) -> None:
         """A server answered with one of ``passing``; only in a cluster."""
 
+    def changed(self, link: Link) -> None:
+        """What the server of ``link`` owns has changed, and it has not said how; only in a cluster."""
+
     async def open(self, events: LinkEvents, timeouts: Timeouts) -> None:
         """Make the links, not running; ``events`` hears of each.
 

@@ -6,7 +6,9 @@ Rules:
 - what is given up is unsubscribed in the order in which it was decided, so Redis sees it in that order.
 - only a refusal that is about a name is told to whoever wants that name. Any other is an outage: a connection on which what is
   wanted cannot be subscribed to is given up, and made anew.
-- in a cluster subscriptions are sharded, and go where their slot goes; one command names only what is in one slot.
+- in a cluster subscriptions are sharded, and go where their slot goes; one command names only what is in one slot. A node that
+  ends one by itself gave its slot away, or took it over, as in a planned failover; it is asked who has the slot now.
+- what was confirmed and is not any more has lapsed: something may be missed until it is confirmed again, and that is told then.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Subscription:
     confirmed: bool = False
     asked: bool = False
     """Whether a request that nobody waits for is on its way."""
+    lapsed: bool = False
+    """Whether it was confirmed before, or given up by whoever waited for that: something may be missed until it is confirmed."""
 
 
 class Subscriptions:
@@ -50,15 +54,18 @@ class Subscriptions:
         router: Router,
         on_refused: Callable[[str, Exception], object],
         on_confirmed: Callable[[str], object] = lambda _: None,
+        on_resumed: Callable[[str], object] = lambda _: None,
     ) -> None:
         """``on_refused(name, error)`` hears what could not be restored, or was asked for without waiting and refused.
 
-        ``on_confirmed(name)`` is called with each that Redis confirmed when nobody waited for it.
+        ``on_confirmed(name)`` is called with each that Redis confirmed when nobody waited for it. ``on_resumed(name)`` is called
+        when one that had lapsed is confirmed.
         """
         self.wanted: dict[str, Subscription] = {}
         self._router = router
         self._on_refused = on_refused
         self._on_confirmed = on_confirmed
+        self._on_resumed = on_resumed
         self._subscribe = "SSUBSCRIBE" if router.clustered else "SUBSCRIBE"
         self._unsubscribe = "SUNSUBSCRIBE" if router.clustered else "UNSUBSCRIBE"
         self._at_once = 1 if router.clustered else _AT_ONCE
@@ -91,8 +98,10 @@ class Subscriptions:
                 is_passing = isinstance(error, self._router.passing)
                 is_refusal = isinstance(error, redis.exceptions.ResponseError) and not isinstance(error, ABOUT_ONE_NAME)
                 if not (is_passing or is_refusal):
+                    self.wanted.get(name, subscription).lapsed = True
                     raise
                 if time.monotonic() > give_up:
+                    self.wanted.get(name, subscription).lapsed = True
                     if is_passing:
                         self._on_refused(name, error)
                     else:
@@ -104,15 +113,21 @@ class Subscriptions:
                 self._renew(name)
                 continue
             if self.wanted.get(name) is subscription:
-                # If the connection was lost right after, all are told that nothing is confirmed before anybody asks again.
-                subscription.confirmed = link.connection is not None
+                self._confirm(name, subscription)
                 return
+
+    def _confirm(self, name: str, subscription: Subscription) -> None:
+        """Redis confirmed it. If the connection was lost right after, all are told that nothing is before anybody asks again."""
+        subscription.confirmed = subscription.link.connection is not None
+        if subscription.confirmed and subscription.lapsed:
+            self.heard(subscription.link, name)
 
     def _renew(self, name: str) -> None:
         """Its owner may have changed: what was asked for elsewhere does not count any more."""
         owner = self._router.owner(name, name)
-        if name in self.wanted and owner is not self.wanted[name].link:
-            self.wanted[name] = Subscription(owner)
+        before = self.wanted.get(name)
+        if before is not None and owner is not before.link:
+            self.wanted[name] = Subscription(owner, lapsed=before.lapsed or before.confirmed)
 
     def ask(self, name: str) -> None:
         """Have Redis confirm a wanted subscription, unless it has, without waiting."""
@@ -126,7 +141,7 @@ class Subscriptions:
         if self.wanted.get(name) is not subscription:
             return
         if request.error is None:
-            subscription.confirmed = subscription.link.connection is not None
+            self._confirm(name, subscription)
             self._on_confirmed(name)
         else:
             self._fail(name, request.error)
@@ -180,6 +195,7 @@ class Subscriptions:
         """A connection on which all was restored is in use."""
         for name, subscription in self._at(link):
             if subscription.confirmed:
+                self._confirm(name, subscription)
                 self._on_confirmed(name)
             else:
                 self.ask(name)  # wanted while others were being restored
@@ -191,15 +207,24 @@ class Subscriptions:
             self.ask(name)
 
     def dropped(self, name: str) -> None:
-        """The server ended a subscription: its slot has moved away."""
+        """The server ended a subscription: its slot has moved away, or to this server. ``move`` follows."""
         subscription = self.wanted.get(name)
         if subscription is not None:
-            subscription.confirmed = False
-            self.ask(name)  # and hear where it is now
+            # Anew, for a confirmation that is on its way does not count any more.
+            self.wanted[name] = Subscription(subscription.link, lapsed=True)
+            self._router.changed(subscription.link)
+
+    def heard(self, link: Link, name: str) -> None:
+        """The Redis channel ``name`` is heard again; to be told of a message, too, that comes while others are being restored."""
+        subscription = self.wanted.get(name)
+        if subscription is not None and subscription.lapsed and subscription.link is link:
+            subscription.lapsed = False
+            self._on_resumed(name)
 
     def lost(self, link: Link) -> None:
         """The connection was lost, and with it what it had confirmed."""
         for _, subscription in self._at(link):
+            subscription.lapsed = subscription.lapsed or subscription.confirmed
             subscription.confirmed = False
 
     def _at(self, link: Link) -> Iterable[tuple[str, Subscription]]:
