@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import reprlib
 import sys
 import threading
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
+from weakref import WeakSet
 
 __all__ = ["EVENTS", "PREFIX", "LogEvent", "Troubles", "said", "shown"]
 
@@ -109,7 +111,8 @@ class Troubles:
         self._clock = clock
         self._quiet_for = quiet_for
         self._owner = owner
-        self._lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
+        _troubles.add(self)
         self._quiet: dict[tuple[str, str], _Quiet] = {}
         self.due: float = math.inf
         """When there may be something to tell that nobody has told (seconds of the clock)."""
@@ -123,7 +126,7 @@ class Troubles:
         key = (event.name, subject)
         now = self._clock()
         lines: list[_Line] = []
-        self._lock.acquire()  # cheaper than a with statement: each broadcast to full members comes here
+        self.lock.acquire()  # cheaper than a with statement: each broadcast to full members comes here
         try:
             quiet = self._quiet.get(key)
             if quiet is not None and now < self.due:
@@ -134,7 +137,7 @@ class Troubles:
             is_told = self._note(event, key, count, fields, now, lines)
             self._look(now, lines)
         finally:
-            self._lock.release()
+            self.lock.release()
         self._write(lines)
         return is_told
 
@@ -169,14 +172,14 @@ class Troubles:
         if now < self.due:
             return False
         lines: list[_Line] = []
-        with self._lock:
+        with self.lock:
             self._look(now, lines)
         self._write(lines)
         return bool(lines)
 
     def close(self) -> None:
         """Tell all that was not told, and forget it."""
-        with self._lock:
+        with self.lock:
             now = self._clock()
             lines = [_again(quiet, now) for quiet in self._quiet.values() if quiet.count]
             self._quiet.clear()
@@ -199,6 +202,19 @@ class Troubles:
     def _write(self, lines: list[_Line]) -> None:
         for event, text, fields in lines:
             event._log(text, {"layer": repr(self._owner), **fields})  # noqa: SLF001 - of this module
+
+
+_troubles: Final[WeakSet[Troubles]] = WeakSet()
+
+
+def _renew_locks() -> None:
+    """Let a forked child log: a thread that held a lock is not in the child, and never releases it."""
+    for troubles in _troubles:
+        troubles.lock = threading.Lock()
+
+
+with suppress(AttributeError):  # Windows has no fork
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _again(quiet: _Quiet, now: float) -> _Line:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from sys import modules
 from typing import Any, Final
 
 from anyio import WouldBlock
 
 from .contract.layer import Message
 from .local.hub import Hub
+from .wakeup import held, hold_interrupts
 
 __all__ = ["InMemoryChannelLayer", "channel_layer"]
 
@@ -23,6 +25,8 @@ class InMemoryChannelLayer(Hub):
 
     Expired messages are never delivered and never count. Their memory is reclaimed a few at each sending or joining call,
     in whatever channel, and all at once by ``statistics()``; there is no background task.
+
+    A forked child has an empty layer, whatever threads of its parent were doing.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class InMemoryChannelLayer(Hub):
 
         Raises what ``send`` raises.
         """
+        if "trio" in modules and not held:
+            hold_interrupts()
         self._put(channel, self._encode(message))
 
     def receive_nowait(self, channel: str) -> Message:
@@ -78,6 +84,8 @@ class InMemoryChannelLayer(Hub):
         """
         self.require_valid_group_name(group)
         excluded = self._require_valid_exclude(exclude)
+        if "trio" in modules and not held:
+            hold_interrupts()
         data = self._encode(message)
         self._require_open()
         self._deliveries.deliver_to_group(group, data, excluded)

@@ -1,4 +1,4 @@
-"""Ring one task, in whatever loop it waits; and know when to let others run. The one module that knows backends.
+"""Ring one task, in whatever loop it waits; know when to let others run. The one module that knows backends.
 
 Rules:
 - nothing here refers to an event loop for longer than a wait: only to anyio's class for the backend, which is the same for
@@ -8,24 +8,29 @@ Rules:
   (``new_bell``), or using it wrongly can only cost a checkpoint or delay one by ``YIELD_EVERY`` calls (``is_due``).
 - a task that waits once, of which there may be thousands at a time, waits at a bare future on asyncio, which costs a third
   of an event, and at trio's own event on trio, without anyio's around it.
+- trio raises ``KeyboardInterrupt`` between any two instructions, except in functions that are marked. ``hold_interrupts``
+  marks all code that a layer runs, coroutines too, so that trio raises it where the main task waits, as a cancellation. This
+  is done when a backend is first seen or a layer is made, so calls cost nothing.
 - anyio finds the backend anew in every call, through a context variable. That is most of the price of a check for
   cancellation, and the reason for remembering.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Final, Protocol
 
 from anyio import Event, NoEventLoopError, current_effective_deadline, get_cancelled_exc_class
 from anyio.abc import AsyncBackend
 from anyio.lowlevel import checkpoint, current_token
 
-__all__ = ["CANCELLED", "YIELD_EVERY", "Bell", "Ringable", "ThreadState", "thread"]
+__all__ = ["CANCELLED", "YIELD_EVERY", "Bell", "Ringable", "ThreadState", "held", "hold_interrupts", "thread"]
 
 YIELD_EVERY: Final = 48
 """Of so many calls in a row that need not wait, one lets the other tasks of the thread run."""
@@ -59,7 +64,11 @@ class _FutureBell:
 
     def set(self) -> None:
         if not self.waiting.done():  # it was rung before, or the task was cancelled
-            self.waiting.set_result(None)
+            try:
+                self.waiting.set_result(None)
+            except Exception:
+                if not self.waiting.cancelled():  # it is if asyncio's handler of Ctrl-C ran between the two
+                    raise
 
 
 class _EventBell:
@@ -146,6 +155,7 @@ class ThreadState:
         self._make_event = getattr(package, "Event", backend_class.create_event)
         self._cancelled_class = get_cancelled_exc_class()
         self.deadline = backend_class.current_effective_deadline
+        hold_interrupts()
         return backend_class
 
 
@@ -157,3 +167,47 @@ class _Thread(threading.local):
 
 
 thread: Final = _Thread()
+
+_PACKAGE: Final = __name__.partition(".")[0]
+_NOT_OF_A_LAYER: Final = ("cli", "demo", "doctor", "portal", "sync", "testing", "wsgi")
+"""Parts that run other people's code, or are programs of their own."""
+held: Final[dict[str, int]] = {}
+"""The modules in which trio raises no ``KeyboardInterrupt``, and how many names each had; empty until trio is seen."""
+
+
+def hold_interrupts() -> None:
+    """If trio is loaded, keep it from raising ``KeyboardInterrupt`` in the code of layers, except where the main task waits.
+
+    Covers the modules that are loaded now. Calling it again is cheap.
+    """
+    trio = sys.modules.get("trio")
+    enable = getattr(getattr(trio, "lowlevel", None), "enable_ki_protection", None)
+    if enable is None:  # not there, or only half imported by another thread
+        return
+    for name, module in tuple(sys.modules.items()):
+        package, _, rest = name.partition(".")
+        if package == _PACKAGE and rest.partition(".")[0] not in _NOT_OF_A_LAYER:
+            size = len(vars(module))
+            if held.get(name) != size:  # it is new, or was being imported
+                for code in _codes_of(module, name):
+                    enable(SimpleNamespace(__code__=code))
+                held[name] = size
+
+
+def _codes_of(holder: ModuleType | type, module: str) -> Iterator[CodeType]:
+    """Return the code of all functions that ``holder`` defines, with those inside them."""
+    for value in tuple(vars(holder).values()):
+        value = inspect.unwrap(getattr(value, "fget", value))  # noqa: PLW2901 - of a property, behind decorators
+        if getattr(value, "__module__", None) != module:
+            continue
+        if isinstance(value, type):
+            yield from _codes_of(value, module)
+        elif isinstance(value, FunctionType):
+            yield from _with_inner(value.__code__)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)

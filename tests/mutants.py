@@ -67,6 +67,55 @@ _SUBSCRIPTIONS: Final = "tests/test_subscriptions.py"
 
 MUTANTS: Final = (
     Mutant(
+        "wakeup.py",
+        "                    enable(SimpleNamespace(__code__=code))\n",
+        "                    code.replace()\n",
+        "Ctrl-C on trio leaves no lock held",
+        "tests/test_forks.py -k first_call",
+    ),
+    Mutant(
+        "wakeup.py",
+        "            yield from _with_inner(value.__code__)\n",
+        "            yield value.__code__.replace()\n",
+        "Ctrl-C on trio is held back in the very code that runs",
+        "tests/test_forks.py -k first_call",
+    ),
+    Mutant(
+        "memory.py",
+        "hold_interrupts()\n        self._put(",
+        "pass\n        self._put(",
+        "Ctrl-C is held back in the first call, also a plain one",
+        "tests/test_forks.py -k first_call",
+    ),
+    Mutant(
+        "wakeup.py",
+        "                if not self.waiting.cancelled():",
+        "                if self.waiting is not None:",
+        "Ctrl-C on asyncio may cancel a task that is being rung",
+        "tests/test_forks.py -k bell",
+    ),
+    Mutant(
+        "local/home.py",
+        "        finally:\n            await self._home.leave",
+        "        except GeneratorExit:\n            await self._home.leave",
+        "a layer interrupted while it closes leaves no task group behind",
+        "tests/test_interrupts.py -k on_redis",
+    ),
+    Mutant(
+        "local/hub.py",
+        "    os.register_at_fork(after_in_child=_begin_anew)",
+        "    os.register_at_fork(after_in_child=tuple)",
+        "a fork has an empty layer in memory",
+        "tests/test_forks.py",
+    ),
+    Mutant(
+        "local/waiting.py",
+        "    os.register_at_fork(after_in_child=_renew_locks)",
+        "    pass",
+        "a fork may look at a layer whose lock a thread held",
+        "tests/test_forks.py -k redis",
+    ),
+    Mutant(
         "contract/message.py",
         "        if len(body) > self._max_size:\n            self._require_size(body)\n",
         "",

@@ -297,6 +297,20 @@ as are in use and a thousand
 memory: members of a group share the bytes of a broadcast until they receive it: 1 MB to 1,000 members takes 1 MB
     -> test_memory.py::test_one_broadcast_is_one_copy
 
+a fork: the child has an empty layer, whatever threads of its parent were doing; a closed one stays closed. The
+channels and inboxes that the parent made have ended there. The parent keeps what it has
+    -> test_forks.py::test_a_fork_while_threads_use_the_layer
+
+Ctrl-C / the rule: on trio, `KeyboardInterrupt` is raised within a call only where it waits in the main task, and is a
+cancellation there. On asyncio, under `asyncio.run()` or `anyio.run()`, the first Ctrl-C cancels the main task. Either
+way no lock stays held, what is said of cancelled calls holds, and the layer closes in order. Not covered: a second
+Ctrl-C on asyncio, asyncio without such a runner, and calls in a main thread that runs no event loop. There Python
+raises it between any two instructions, and a layer that was interrupted in a call may hang
+    -> test_interrupts.py::test_interrupted_in_memory
+       test_interrupts.py::test_interrupted_on_redis
+       test_interrupts.py::test_interrupted_while_busy
+       test_forks.py::test_the_first_call_on_trio
+
 without `async with`: works; there is nothing to open
     -> test_memory.py::test_never_opened_or_closed_needs_nothing
 

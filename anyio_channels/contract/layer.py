@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
 from anyio import CancelScope, ClosedResourceError
 
 from anyio_channels.exceptions import ChannelFull, MessageTooLarge
-from anyio_channels.wakeup import YIELD_EVERY, thread
+from anyio_channels.wakeup import YIELD_EVERY, hold_interrupts, thread
 
 from .names import Names
 from .options import require_callable, require_choice, require_count, require_seconds
@@ -161,6 +161,7 @@ class BaseChannelLayer(Names):
 
         Raises ``TypeError`` or ``ValueError`` naming the option and its rule.
         """
+        hold_interrupts()
         self._life = Life.NEW
         self.expiry = require_seconds("expiry", expiry)
         self.capacity: int = require_count("capacity", capacity)

@@ -20,7 +20,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import current_token
 
 from anyio_channels.contract.layer import BaseChannelLayer, Life
-from anyio_channels.wakeup import thread
+from anyio_channels.wakeup import hold_interrupts, thread
 
 __all__ = ["AtHome", "Home"]
 
@@ -47,6 +47,7 @@ class Home:
 
         Raises what ``run`` raises before that, and leaves nothing running then; nor if cancelled.
         """
+        hold_interrupts()
         self.token = current_token().native_token
         self.thread = get_ident()
         self._scope, self._ended = CancelScope(), Event()
@@ -117,8 +118,10 @@ class AtHome(BaseChannelLayer):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close the layer, also when cancelled."""
-        await super().__aexit__(exc_type, exc, traceback)
-        await self._home.leave(exc_type, exc, traceback)
+        try:
+            await super().__aexit__(exc_type, exc, traceback)
+        finally:
+            await self._home.leave(exc_type, exc, traceback)
 
     async def _told(self, call: Awaitable[T]) -> T:
         """Await ``call``; if it fails because the layer is being closed, say that."""

@@ -14,13 +14,17 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import partial
+from sys import modules
 from threading import get_ident
-from typing import Any
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from anyio import CancelScope, ClosedResourceError
 
@@ -30,7 +34,7 @@ from anyio_channels.contract.names import new_process
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
 from anyio_channels.log import CHANNEL_ENDED, Troubles
-from anyio_channels.wakeup import CANCELLED, thread
+from anyio_channels.wakeup import CANCELLED, held, hold_interrupts, thread
 
 from .deliveries import Deliveries, group_topic
 from .directory import Channel, Directory
@@ -72,11 +76,13 @@ class Hub(AtHome):
         self._codec = Codec(self.max_message_size, self.default) if codec is None else codec
         self._encode = self._codec.encode
         self._decode = self._codec.decode
-        self._troubles = Troubles(clock, self.expiry, self)
         self.transport: Transport | None = transport
         self._outage = () if transport is None else transport.outage
         self._home = Home(self)
+        self._troubles = Troubles(clock, self.expiry, self)
         self._reset()
+        if transport is None:
+            _in_memory[id(self)] = self  # a subclass may not be hashable
 
     def __repr__(self) -> str:
         """Show the options that tell one layer from another."""
@@ -100,6 +106,18 @@ class Hub(AtHome):
         self._joins = Joins(self._here)
         unsubscribe = None if self.transport is None else self.transport.unsubscribe
         self._deliveries = Deliveries(self._here, self._codec, self.expiry, self._troubles, unsubscribe, self)
+
+    def _begin_anew(self) -> None:
+        """Be blank in a forked child, but closed if it was: a thread of the parent may have been in the middle of a change.
+
+        What the parent made here has ended.
+        """
+        mark, is_closed = self._mark, self._here.closed
+        self._troubles = Troubles(self._clock, self.expiry, self)
+        self._reset()
+        self._mark = self._here.mark = mark
+        self._here.closed = is_closed
+        self._life = Life.CLOSED if is_closed else Life.NEW
 
     def _log_end(self, channel: str, discarded: int) -> None:
         CHANNEL_ENDED.write(layer=repr(self), channel=channel, discarded=discarded)
@@ -128,13 +146,14 @@ class Hub(AtHome):
         if self.transport is None or was_open:
             self._life = Life.CLOSING
             self._here.close()
-        if self.transport is None:
-            self._life = Life.CLOSED
-        elif was_open:
-            with CancelScope(shield=True):
-                await self._home.stop()
-            self._life = Life.CLOSED
-        self._troubles.close()
+        try:
+            if self.transport is not None and was_open:
+                with CancelScope(shield=True):
+                    await self._home.stop()
+        finally:
+            if self.transport is None or was_open:
+                self._life = Life.CLOSED
+            self._troubles.close()
 
     def _require_open(self) -> None:
         if self.transport is not None:
@@ -300,6 +319,8 @@ class Hub(AtHome):
 
     def _source(self, name: str) -> Channel:
         """Find or make a channel to be received from; without the lock."""
+        if "trio" in modules and not held:
+            hold_interrupts()
         self.require_valid_channel_name(name)
         if self.transport is not None or self._here.closed:
             self._require_open()
@@ -420,6 +441,8 @@ class Hub(AtHome):
         return ChannelLayerStatistics(**self._figures())
 
     def _figures(self) -> dict[str, int]:
+        if "trio" in modules and not held:
+            hold_interrupts()
         figures = self._here.figures()
         if self.transport is not None:
             figures["sent"] = self._published + self._deliveries.sent_late
@@ -457,3 +480,16 @@ class Hub(AtHome):
         self._require_open()
         self.require_valid_group_name(group)
         await self._join(group, channel)
+
+
+_in_memory: Final[WeakValueDictionary[int, Hub]] = WeakValueDictionary()
+"""The layers of one process."""
+
+
+def _begin_anew() -> None:
+    for layer in tuple(_in_memory.values()):
+        layer._begin_anew()  # noqa: SLF001 - of this module
+
+
+with suppress(AttributeError):  # Windows has no fork
+    os.register_at_fork(after_in_child=_begin_anew)

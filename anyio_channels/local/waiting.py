@@ -14,12 +14,15 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Protocol
+from weakref import WeakSet
 
 from anyio_channels.wakeup import Ringable, thread
 
@@ -140,7 +143,7 @@ class Mailroom:
     may use ``lock`` itself, provided that it calls ``wake()`` whenever ``abandoned`` is not empty.
     """
 
-    __slots__ = ("abandoned", "books", "clock", "index", "lock")
+    __slots__ = ("__weakref__", "abandoned", "books", "clock", "index", "lock")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """``clock`` returns seconds, and never goes back."""
@@ -149,6 +152,7 @@ class Mailroom:
         self.books: Books = Books()
         self.index: ExpiryIndex = ExpiryIndex()
         self.abandoned: deque[Waiter] = deque()
+        _mailrooms.add(self)
 
     def __enter__(self) -> None:
         """Take the lock."""
@@ -193,3 +197,16 @@ class Mailroom:
                 waiter.bell.set()
             elif not waiter.ring_from_elsewhere():
                 self.abandoned.append(waiter)
+
+
+_mailrooms: Final[WeakSet[Mailroom]] = WeakSet()
+
+
+def _renew_locks() -> None:
+    """Let a forked child read what is here: a thread that held a lock is not in the child, and never releases it."""
+    for mailroom in _mailrooms:
+        mailroom.lock = threading.Lock()
+
+
+with suppress(AttributeError):  # Windows has no fork
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -171,10 +171,12 @@ class RedisChannelLayer(OnRedis, AtHome):
         try:
             await self._session.wind_up()
         finally:
-            with CancelScope(shield=True):
-                await self._home.stop()
-            self._life = Life.CLOSED
-            self._troubles.close()
+            try:
+                with CancelScope(shield=True):
+                    await self._home.stop()
+            finally:
+                self._life = Life.CLOSED
+                self._troubles.close()
 
     # Sending
 
