@@ -147,8 +147,10 @@ def run_storm(loop: str, seconds: float, url: str | None, prefix: str) -> list[s
     layer = InMemoryChannelLayer() if url is None else create_channel_layer(url, prefix=prefix)
     backend, options = LOOPS[loop]
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again later, for the first may be lost where Python swallows exceptions, as in a callback of the garbage collector.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 2)
     error = interrupted(lambda: anyio.run(storm, layer, backend=backend, backend_options=options))
+    signal.setitimer(signal.ITIMER_REAL, 0)
     waiting = layer.statistics().waiting_receivers
     return ([] if error is None else [repr(error)]) + ([f"{waiting} wait"] if waiting else [])
 

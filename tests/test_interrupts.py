@@ -21,7 +21,8 @@ unmeasured = pytest.mark.usefixtures("unmeasured_processes")  # they set a trace
 
 def run_script(*command: str | Path) -> str:
     """Run a script that must print nothing to standard error; one that hangs is killed, and fails the test."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS))))
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *command],
         check=False,
