@@ -6,6 +6,8 @@ from a ``*_nowait`` function that found nothing, ``TypeError`` and ``ValueError`
 
 from __future__ import annotations
 
+import os
+
 __all__ = ["ChannelFull", "MessageTooLarge", "MessagesLost"]
 
 
@@ -43,3 +45,11 @@ class MessagesLost(Exception):  # noqa: N818 - says what happened, as ChannelFul
         if self.missed is None:
             return "messages were missed here, how many is not known"
         return f"{self.missed} message{'s were' if self.missed != 1 else ' was'} missed here"
+
+
+def in_a_fork(name: object, pid: int) -> RuntimeError:
+    """Return the error for using what process ``pid`` opened, which errors call ``name``, in a fork of that process."""
+    return RuntimeError(
+        f"{name} was opened in process {pid}, and this is a fork of it, process {os.getpid()}: open one in each process, "
+        "after the fork (gunicorn: post_fork; Celery: worker_process_init)"
+    )

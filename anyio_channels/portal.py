@@ -41,6 +41,7 @@ from anyio import (
 from anyio.abc import TaskGroup
 from anyio.lowlevel import EventLoopToken, current_token
 
+from .exceptions import in_a_fork
 from .log import EVENT_LOOP_FAILED, said
 
 __all__ = ["Portal", "refuse_in_loop"]
@@ -244,10 +245,7 @@ class Portal:
     def _require_own(self) -> None:
         life = self._life
         if life is not None and self.is_foreign:
-            raise RuntimeError(
-                f"{self.name} was opened in process {life.pid}, and this is a fork of it, process {os.getpid()}: open one in "
-                "each process, after the fork (gunicorn: post_fork; Celery: worker_process_init)"
-            )
+            raise in_a_fork(self.name, life.pid)
 
     def _hand_over(
         self, call: str, future: Future[Any], function: Callable[..., Awaitable[Any]], args: tuple[object, ...]

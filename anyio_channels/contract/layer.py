@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Coroutine, Mapping
@@ -24,7 +25,7 @@ from typing import Any, ClassVar, Final, Literal, Self, TypeAlias
 
 from anyio import CancelScope, ClosedResourceError
 
-from anyio_channels.exceptions import ChannelFull, MessageTooLarge
+from anyio_channels.exceptions import ChannelFull, MessageTooLarge, in_a_fork
 from anyio_channels.wakeup import YIELD_EVERY, hold_interrupts, thread
 
 from .names import Names
@@ -163,6 +164,7 @@ class BaseChannelLayer(Names):
         """
         hold_interrupts()
         self._life = Life.NEW
+        self._opened_by = os.getpid()
         self.expiry = require_seconds("expiry", expiry)
         self.capacity: int = require_count("capacity", capacity)
         self.channel_capacity: list[tuple[re.Pattern[str], int]] = self.compile_capacities(
@@ -173,11 +175,19 @@ class BaseChannelLayer(Names):
 
     # Opening and closing
 
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether it was opened by a process of which this one is a fork."""
+        return self._opened_by != os.getpid()
+
     async def __aenter__(self) -> Self:
-        """Open the layer. ``RuntimeError`` if it is open already: whoever opened it closes it."""
+        """Open the layer. ``RuntimeError`` if it is open already, here or in the process that this one is a fork of."""
         if self._life in (Life.OPENING, Life.OPEN, Life.CLOSING):
+            if self._is_foreign:
+                raise in_a_fork(repr(self), self._opened_by)
             raise RuntimeError(f"{self!r} is already open; open a layer once, in the lifespan of the application")
         before, self._life = self._life, Life.OPENING
+        self._opened_by = os.getpid()
         try:
             await self.open()
         except BaseException:
@@ -195,7 +205,7 @@ class BaseChannelLayer(Names):
 
     def __del__(self) -> None:
         """Warn about a layer that was opened and never closed."""
-        if getattr(self, "_life", Life.NEW) in (Life.OPENING, Life.OPEN):
+        if getattr(self, "_life", Life.NEW) in (Life.OPENING, Life.OPEN) and not self._is_foreign:
             warnings.warn(f"unclosed channel layer {self!r}", ResourceWarning, stacklevel=1, source=self)
 
     async def open(self) -> None:

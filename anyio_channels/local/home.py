@@ -5,26 +5,41 @@ Rules:
 - the task group is entered by ``open`` and left by ``leave``, in the same task: that of ``async with layer:``.
 - until the layer is open, the opening call can be cancelled, and its task with it. From then on the task is shielded: a
   cancellation all around the layer closes it in order, and for that the connections are needed.
+- the layer stays with the process that opened it: in a fork, which has its sockets too, every call says so.
 - an error in the task is a bug of ours, and ends the block as a task group does. An error of the block is left as it is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from threading import get_ident
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+from weakref import WeakSet
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError, Event, create_task_group
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import current_token
 
 from anyio_channels.contract.layer import BaseChannelLayer, Life
+from anyio_channels.exceptions import in_a_fork
 from anyio_channels.wakeup import hold_interrupts, thread
 
 __all__ = ["AtHome", "Home"]
 
 T = TypeVar("T")
+_opened: Final[WeakSet[Home]] = WeakSet()
+
+
+def _disown() -> None:
+    """In a fork: no event loop is that of a layer which was open before, not even the one that goes on here."""
+    for home in _opened:
+        home.token = _NO_LOOP
+
+
+_NO_LOOP: Final = object()
+getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_disown)  # not on Windows, which does not fork
 
 
 class Home:
@@ -50,6 +65,7 @@ class Home:
         hold_interrupts()
         self.token = current_token().native_token
         self.thread = get_ident()
+        _opened.add(self)
         self._scope, self._ended = CancelScope(), Event()
         self._layer._life = Life.OPENING  # noqa: SLF001 - it is ours to lead
         tasks = self._tasks = create_task_group()
@@ -101,6 +117,8 @@ class Home:
                 f"{self._layer!r} is not open; write 'async with layer:' in the lifespan of the application"
             )
         if thread.state.running_loop() is not self.token:
+            if self._layer._is_foreign:  # noqa: SLF001
+                raise in_a_fork(repr(self._layer), self._layer._opened_by)  # noqa: SLF001
             raise RuntimeError(
                 f"{self._layer!r} was opened in another event loop; it serves the event loop that opened it, "
                 "so make one for each"

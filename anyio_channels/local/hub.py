@@ -138,11 +138,13 @@ class Hub(AtHome):
         await self._home.open(partial(self.transport.run, self._deliveries))
 
     async def close(self) -> None:
-        """Close the layer, as ``BaseChannelLayer.close`` says. With a transport, it waits for the end of that.
+        """Close the layer, as ``BaseChannelLayer.close`` says. With a transport, it waits for the end of that; not in a fork.
 
         If cancelled, the layer is closed all the same.
         """
         was_open = self._life is Life.OPEN
+        if self.transport is not None and self._is_foreign:
+            return
         if self.transport is None or was_open:
             self._life = Life.CLOSING
             self._here.close()

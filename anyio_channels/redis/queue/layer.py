@@ -161,10 +161,10 @@ class RedisChannelLayer(OnRedis, AtHome):
         """Close the layer: end all waits, give back what was not received, close the connections.
 
         Readers and senders that wait, and all later calls, get ``anyio.ClosedResourceError``. Takes up to ``timeout``
-        seconds when Redis does not answer. Closing twice does nothing. If cancelled, the layer is closed all the same, but
-        normal channels' messages that were on their way to a reader here may be lost.
+        seconds when Redis does not answer. Closing twice, or in a fork, does nothing. If cancelled, the layer is closed all the
+        same, but normal channels' messages that were on their way to a reader here may be lost.
         """
-        if self._life is not Life.OPEN:
+        if self._life is not Life.OPEN or self._is_foreign:
             return
         self._life = Life.CLOSING
         self._session.begin_closing()
