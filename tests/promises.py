@@ -547,6 +547,9 @@ It owns a task group there; nothing runs outside of it, and after the block no c
     -> test_redis_layers.py::test_nothing_is_left_in_redis
        test_redis_faults.py::test_a_bug_of_ours_is_told
 
+A process that is forked meanwhile opens a layer of its own; each call on its parent's is a `RuntimeError` that says so.
+    -> test_forks.py::test_a_fork_is_told_and_harms_nobody
+
 a message that nobody reads yet / queue: `RedisChannelLayer`, `redis://`: waits in Redis until `expiry`
     -> test_interop.py::test_normal_channels
        test_redis_layers.py::test_expired_on_the_way
@@ -749,6 +752,15 @@ and at each `keep_alive`.
        test_redis_cluster.py::test_a_map_that_is_out_of_date
        test_redis_cluster.py::test_asking_who_owns_what
 
+Without `cluster=True`, the queue layer refuses to open at a node of a cluster, and says which URL to use.
+    -> test_opening.py::test_a_node_of_a_cluster
+
+Pub/sub works at any node, for the nodes hand on to each other what is published.
+    -> test_opening.py::test_pubsub_over_the_nodes_of_a_cluster
+
+A proxy between a layer and Redis must speak RESP3 (`HELLO 3`); opening the layer says so if it does not.
+    -> test_opening.py::test_a_server_without_resp3
+
 Channels and groups lie in the slots of their keys, so a process with a thousand process-specific channels reads one
 key.
     -> test_redis_cluster.py::test_slots_of_what_belongs_together
@@ -887,9 +899,13 @@ foreign or damaged entries, undecryptable or expired tokens / what readers see: 
        test_redis_faults.py::test_damaged_messages_in_pubsub
        test_redis_faults.py::test_tokens_that_cannot_be_read
 
-wrong password, unknown host, refused port, untrusted certificate / what callers see: an error when the layer is
-opened, within `connect_timeout`, that names the server; its `__cause__` is what the system said
+wrong password, unknown host, refused port, untrusted certificate, a port for TLS without TLS or the other way round,
+no RESP3 / what callers see: an error when the layer is opened, within `connect_timeout`, that names the server, and
+says what to do where that is known; its `__cause__` is what the system said
     -> test_redis_faults.py::test_errors_at_opening
+       test_opening.py::test_a_port_for_tls
+       test_opening.py::test_a_port_without_tls
+       test_opening.py::test_a_server_without_resp3
        test_redis_faults.py::test_tls
 
 Reconnecting waits with exponential backoff and jitter, half a second at most.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from redis.credentials import UsernamePasswordCredentialProvider
 from redis_server import Certificates, make_certificates
 
@@ -132,6 +134,10 @@ def test_names(host: str, name: str) -> None:
         ("redis://example/1/2", ValueError, r"a Redis URL is redis://\[user\[:password\]@\]host"),
         ("redis://example/one", ValueError, "a Redis URL is"),
         ("redis://example:0", ValueError, "a Redis URL is"),
+        ("redis:///run/x.sock?db=1", ValueError, "write unix:///run/x.sock, and the database as [?]db="),
+        ("rediss:///run/x.sock", ValueError, "begins with unix://: write unix:///run/x.sock"),
+        ("redis://example/run/x.sock", ValueError, "or unix:///run/redis.sock for a unix socket"),
+        ("redis:///s3cret@example", ValueError, "a Redis URL is"),
         ("redis://example:70000", ValueError, "a Redis URL is"),
         ("redis://:s3cret@example?db=one", ValueError, "Invalid value for 'db'"),
         ("unix://:s3cret@", ValueError, "must have the path of the socket"),
@@ -309,11 +315,53 @@ def test_tls_options(certificates: Certificates) -> None:
     assert tls_of({"address": "rediss://example", "ssl_context": mine}) is mine
 
 
-@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_certfile"])
-def test_tls_files_that_are_not_there(option: str) -> None:
-    """A file that cannot be read is told when the layer is made, not when it is opened."""
-    with pytest.raises(FileNotFoundError):
-        parse_host({"ssl": True, option: "/nowhere.pem"})
+@pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"])
+def test_tls_files_that_are_not_there(option: str, certificates: Certificates) -> None:
+    """A file that cannot be read is told when the layer is made, with its name and that of the option."""
+    options = {"ssl": True, "ssl_certfile": str(certificates.cert_file), option: "/nowhere.pem"}
+    with pytest.raises(
+        FileNotFoundError, match=rf"{option} of a Redis host cannot be read: No such file .*'/nowhere\.pem'"
+    ):
+        parse_host(options)
+    for path in (5, "a\0b"):
+        with pytest.raises(TypeError, match=f"{option} of a Redis host must be a path, not "):
+            parse_host({**options, option: path})
+
+
+def test_tls_files_of_a_wrong_kind(certificates: Certificates, tmp_path: Path) -> None:
+    """What is not PEM, and a certificate without its key, is told with the option and the file; no password is."""
+    text = tmp_path / "text.pem"
+    text.write_text("not PEM")
+    locked = tmp_path / "locked.pem"
+    key = serialization.load_pem_private_key(certificates.client_key_file.read_bytes(), None)
+    locked.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(SECRET.encode()),
+        )
+    )
+    mine, its_key = str(certificates.client_cert_file), str(certificates.client_key_file)
+    pair = "of a Redis host must hold a certificate and its private key in PEM"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"ssl_ca_certs": str(text)}, rf"ssl_ca_certs \('{text}'\) of a Redis host holds no certificates in PEM"),
+        ({"ssl_ca_data": "not PEM"}, "ssl_ca_data of a Redis host holds no certificates in PEM"),
+        ({"ssl_certfile": mine}, rf"ssl_certfile \('{mine}'\) {pair} \(ssl_keyfile if the key is elsewhere"),
+        ({"ssl_certfile": str(text), "ssl_keyfile": its_key}, rf"ssl_certfile \('{text}'\) and ssl_keyfile .* {pair}"),
+        ({"ssl_certfile": mine, "ssl_keyfile": str(text)}, rf"ssl_keyfile \('{text}'\) {pair}"),
+        ({"ssl_certfile": mine, "ssl_keyfile": str(certificates.key_file)}, f"{pair}.*mismatch"),
+        ({"ssl_certfile": mine, "ssl_keyfile": str(locked)}, rf"ssl_keyfile \('{locked}'\) {pair}"),
+        ({"ssl_certfile": mine, "ssl_keyfile": str(locked), "ssl_password": f"not {SECRET}"}, pair),
+        ({"ssl_keyfile": its_key}, "ssl_keyfile of a Redis host needs ssl_certfile too"),
+        ({"ssl_password": SECRET}, "ssl_password of a Redis host needs ssl_certfile too"),
+        ({"ssl_ciphers": "none-such"}, "ssl_ciphers of a Redis host names no cipher that there is: 'none-such'"),
+    ]
+    for options, words in cases:
+        with pytest.raises(ValueError, match=words) as info:
+            parse_host({"ssl": True, **options})
+        assert SECRET not in str(info.value)
+    unlocked = {"ssl_certfile": mine, "ssl_keyfile": str(locked), "ssl_password": SECRET}
+    assert tls_of({"ssl": True, **unlocked}).verify_mode is ssl.CERT_REQUIRED
 
 
 # URLs with options for somebody else

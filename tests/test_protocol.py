@@ -214,6 +214,32 @@ def test_error_replies(text: str, kind: type[Exception]) -> None:
         assert good.result() == b"OK"
 
 
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (("SUBSCRIBE", "a", "b"), " ('a', 'b')"),
+        (("SSUBSCRIBE", b"\xff"), " ('\ufffd')"),
+        (("UNLINK", "a", "b", "c", "d", "e"), " ('a', 'b', 'c' and 2 more)"),
+        (("PUBLISH", "a", b"secret"), " ('a')"),
+        (("BZPOPMIN", "a", "b", 15.0), " ('a', 'b')"),
+        (("BZMPOP", 15.0, 1, "a", "MIN", "COUNT", 10), " ('a')"),
+        (("EVALSHA", "0123", 2, "a", "b", b"secret"), " ('a', 'b')"),
+        (("HELLO", "3", "AUTH", "me", "secret"), ""),
+        ((), ""),
+    ],
+)
+def test_a_refusal_names_what_was_asked_for(command: tuple[bytes | str | float, ...], names: str) -> None:
+    """Redis says that it is one of the keys or Redis channels; which were asked for stands behind, and nothing else does."""
+    for text in (
+        "NOPERM No permissions to access a key",
+        "WRONGTYPE Operation against a key",
+        "ERR in a script: -NOPERM odd",
+    ):
+        assert str(to_error(text, NAME, command)) == f"{NAME}: {text}{names}"
+    for text in ("NOPERM User ann has no permissions to run the 'x' command", "OOM command not allowed"):
+        assert str(to_error(text, NAME, command)) == f"{NAME}: {text}"
+
+
 @pytest.mark.parametrize(("code", "kind"), [("MOVED", redis.exceptions.MovedError), ("ASK", redis.exceptions.AskError)])
 def test_redirections(code: str, kind: type[redis.exceptions.AskError]) -> None:
     """A redirection says where to, as in the redis package."""

@@ -39,8 +39,8 @@ GOOD = [
     ("bytes_list", [b"a", b"\xff"], [b"a", b"\xff"]),
     ("items", [1, b"a"], [1, b"a"]),
     ("seconds", NOW, 1_700_000_000.5),
-    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, ((7, 0, 15), True)),
-    ("greeting", {b"proto": 3, b"version": b"6.2"}, ((6, 2), False)),
+    ("greeting", {b"proto": 3, b"version": b"7.0.15-rc.2", b"role": b"master"}, ((7, 0, 15), True, False)),
+    ("greeting", {b"proto": 3, b"version": b"6.2", b"mode": b"cluster"}, ((6, 2), False, True)),
     ("slot_ranges", [], []),
     (
         "slot_ranges",

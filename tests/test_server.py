@@ -279,6 +279,26 @@ LOADING = b"-LOADING Redis is loading the dataset in memory\r\n"
             "Redis at localhost:6379 does not know HELLO: Redis 6.2 or newer is needed",
         ),
         (
+            b"-unsupported command 'HELLO'\r\n",
+            redis.exceptions.ConnectionError,
+            "answers HELLO with .unsupported command 'HELLO'.: Redis 6.2 or newer is needed.* must speak RESP3",
+        ),
+        (
+            b"-NOPROTO unsupported protocol version\r\n" + NOAUTH * 4,
+            redis.exceptions.ConnectionError,
+            "answers HELLO with 'NOPROTO unsupported protocol version': .* must speak RESP3",
+        ),
+        (
+            b"-ERR Client names cannot contain spaces, newlines or special characters.\r\n" + NOAUTH * 4,
+            redis.exceptions.ResponseError,
+            f"^{NAME}: ERR Client names cannot contain spaces, newlines or special characters.$",
+        ),
+        (
+            b"-DENIED Redis is running in protected mode\r\n",
+            redis.exceptions.ResponseError,
+            f"^{NAME}: DENIED Redis is running in protected mode$",
+        ),
+        (
             b"-ERR max number of clients reached\r\n",
             redis.exceptions.ConnectionError,
             f"{NAME}: ERR max number of clients",

@@ -113,7 +113,7 @@ def _create_layer(url: str) -> BaseChannelLayer:
 
     try:
         layer = create_channel_layer(url)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise click.BadParameter(censored(error, url), param_hint="--layer") from error
     except ImportError as error:
         raise click.UsageError(str(error)) from error

@@ -79,7 +79,7 @@ class Choice:
             options["symmetric_encryption_keys"] = list(self.keys)
         try:
             return create_channel_layer(self.url, **options)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OSError) as error:
             raise click.BadParameter(self.censor(error), param_hint=self.blame) from error
         except ImportError as error:
             raise click.UsageError(str(error)) from error

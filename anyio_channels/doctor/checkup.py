@@ -99,9 +99,10 @@ class _Checkup:
         report, layer, in_cluster = self._report, self._survey.layer, self._survey.router.clustered
         server = await ask_server(link)
         check_version(report, link, server, in_cluster=in_cluster)
-        check_role(report, server, in_cluster=in_cluster)
+        keeps_messages = isinstance(layer, RedisChannelLayer)
+        check_role(report, link, server, in_cluster=in_cluster, keeps_messages=keeps_messages)
         await check_latency(report, link)
-        check_policy(report, server, keeps_messages=isinstance(layer, RedisChannelLayer))
+        check_policy(report, server, keeps_messages=keeps_messages)
         check_memory(report, server)
         check_persistence(report, server)
         self._offsets.append(await check_clock(report, link, self._clock, layer.expiry))

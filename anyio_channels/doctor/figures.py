@@ -47,8 +47,8 @@ def check_version(report: Report, link: Link, server: ServerSeen, *, in_cluster:
     report.add("version", server.name, "ok" if version >= oldest else "wrong", text, advice)
 
 
-def check_role(report: Report, server: ServerSeen, *, in_cluster: bool) -> None:
-    """See that it is a primary, and a node of a cluster only if the layer knows that it is one."""
+def check_role(report: Report, link: Link, server: ServerSeen, *, in_cluster: bool, keeps_messages: bool) -> None:
+    """See that it is a primary, and for the queue layer, a node of a cluster only if the layer knows that it is one."""
     role = server.info.get("role")
     if role is None:
         report.add("role", server.name, "unknown", "this user must not ask INFO", "allow INFO to have this checked")
@@ -56,8 +56,10 @@ def check_role(report: Report, server: ServerSeen, *, in_cluster: bool) -> None:
         advice = "give the address of the primary, or use redis+sentinel:// to follow it"
         report.add("role", server.name, "wrong", "a replica, which takes no writes", advice)
     elif server.number("cluster_enabled") and not in_cluster:
-        advice = "use redis+cluster:// and name some of its nodes"
-        report.add("role", server.name, "wrong", "a node of a cluster", advice)
+        if keeps_messages:
+            report.add("role", server.name, "wrong", "a node of a cluster", link.server.cluster_advice)
+        else:
+            report.add("role", server.name, "ok", "a node of a cluster, which hands pub/sub on to all others")
     else:
         report.add("role", server.name, "ok", "a primary")
 

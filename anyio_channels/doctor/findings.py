@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import redis.exceptions
+
+from anyio_channels.redis.client import IF_NOT_TLS, IF_TLS, IF_UNTRUSTED, NO_CLUSTER, RESP3_NEEDED
 
 from .asking import why
 
@@ -42,7 +43,8 @@ class Report:
 
     def add_unreached(self, server: str | None, error: Exception) -> None:
         """Add that a server, or all of them, cannot be reached."""
-        self.add("reached", server, "wrong", why(error), what_to_do(error))
+        advice = what_to_do(error)
+        self.add("reached", server, "wrong", why(error).removesuffix(f"; {advice}").removesuffix(f": {advice}"), advice)
 
 
 _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
@@ -67,26 +69,16 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
         "",
         "give the address of the primary, or use redis+sentinel:// to follow it",
     ),
-    (Exception, "cluster support disabled", "it is no cluster: use redis:// instead of redis+cluster://"),
+    *((Exception, one, one) for one in (NO_CLUSTER, RESP3_NEEDED, IF_TLS, IF_NOT_TLS, IF_UNTRUSTED)),
     (redis.exceptions.ResponseError, "", "see what the server means by that; its log may say more"),
-    (Exception, "HELLO", "use Redis 6.2 or newer, or Valkey"),
-    (
-        Exception,
-        "TLS",
-        "check that the port is for TLS and its certificate is trusted (?ssl_ca_certs=/path/ca.pem), or use redis://",
-    ),
-    (
-        Exception,
-        "",
-        "check that Redis runs there, host and port are right (with rediss://, a port for TLS), and no firewall is between",
-    ),
+    (Exception, "", "check that Redis runs there, host and port are right, and no firewall is between"),
 )
-"""What to do about an error: the first line that fits its class and its text."""
+"""What to do about an error: the first line that fits its class and its text. Some errors say it themselves."""
 
 
 def what_to_do(error: Exception) -> str:
     """Return what to do about an error of the ``redis`` package."""
-    text = str(error) + (" TLS" if isinstance(error.__cause__, ssl.SSLError) else "")
+    text = str(error)
     return next(advice for kind, part, advice in _ADVICE if isinstance(error, kind) and part in text)
 
 

@@ -82,6 +82,10 @@ class Survey(AsyncContextManagerMixin):
     async def require(self) -> None:
         """Wait until the servers are reached. Raises as opening the layer does: if none is, or one refuses."""
         await self.router.reached()
+        if isinstance(self.layer, RedisChannelLayer) and not self.router.clustered:
+            there = [(one.server, one.connection) for one in self.links if one.connection is not None]
+            for server, connection in there:
+                server.require_alone(connection)
 
     async def look(self) -> Look:
         """Look at everything once. Takes time in proportion to all keys of the database."""

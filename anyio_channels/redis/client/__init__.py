@@ -13,7 +13,7 @@ from .address import Host, options_of, split_url
 from .at_each import at_each, try_each
 from .cluster import make_router
 from .connection import Connection
-from .errors import ABOUT_ONE_NAME, ConnectionLost
+from .errors import ABOUT_ONE_NAME, IF_NOT_TLS, IF_TLS, IF_UNTRUSTED, NO_CLUSTER, RESP3_NEEDED, ConnectionLost
 from .link import Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Done, Request
 from .router import Router
@@ -23,6 +23,11 @@ from .subscriptions import Subscriptions
 
 __all__ = [
     "ABOUT_ONE_NAME",
+    "IF_NOT_TLS",
+    "IF_TLS",
+    "IF_UNTRUSTED",
+    "NO_CLUSTER",
+    "RESP3_NEEDED",
     "Argument",
     "Connection",
     "ConnectionLost",

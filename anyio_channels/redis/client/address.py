@@ -11,12 +11,14 @@ Rules:
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -185,9 +187,14 @@ def _parse_url(url: object) -> dict[str, Any]:
     except ValueError:
         is_sound = False
     if not is_sound:
+        socket = url.partition("?")[0].partition("://")[2]
+        if scheme != "unix" and socket.startswith("/") and "@" not in socket:
+            raise ValueError(
+                f"a Redis URL with a unix socket begins with unix://: write unix://{socket}, and the database as ?db="
+            )
         # No part of it here: a password with a character that it must not have is where a port or path should be.
         raise ValueError(
-            "a Redis URL is redis://[user[:password]@]host[:port][/db][?options]; "
+            "a Redis URL is redis://[user[:password]@]host[:port][/db][?options], or unix:///run/redis.sock for a unix socket; "
             "characters like / ? # [ ] in a user or password must be percent-encoded"
         )
     options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
@@ -339,9 +346,7 @@ def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
         if not isinstance(given, ssl.SSLContext):
             raise TypeError(f"ssl_context of a Redis host must be an ssl.SSLContext, not {given!r}")
         return given
-    context = ssl.create_default_context(
-        cafile=options.get("ssl_ca_certs"), capath=options.get("ssl_ca_path"), cadata=options.get("ssl_ca_data")
-    )
+    context = _trusting_context(options)
     requirement = options.get("ssl_cert_reqs", "required")
     levels = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
     level = requirement
@@ -352,10 +357,65 @@ def _tls_context(options: dict[str, Any]) -> ssl.SSLContext:
     check = _flag("ssl_check_hostname", options.get("ssl_check_hostname", True))
     context.check_hostname = check and level is not ssl.CERT_NONE
     context.verify_mode = level
-    if options.get("ssl_certfile"):
-        context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"), options.get("ssl_password"))
+    _load_own_certificate(context, options)
     if options.get("ssl_min_version") is not None:
         context.minimum_version = ssl.TLSVersion(int(options["ssl_min_version"]))  # redis before 6 leaves it a str
     if options.get("ssl_ciphers"):
-        context.set_ciphers(options["ssl_ciphers"])
+        try:
+            context.set_ciphers(options["ssl_ciphers"])
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"ssl_ciphers of a Redis host names no cipher that there is: {options['ssl_ciphers']!r}"
+            ) from error
     return context
+
+
+def _trusting_context(options: dict[str, Any]) -> ssl.SSLContext:
+    """Return a context that trusts the authorities that ``options`` names, or those of the system."""
+    given = {name: options[name] for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data") if options.get(name)}
+    if "ssl_ca_certs" in given:
+        _require_path("ssl_ca_certs", given["ssl_ca_certs"])
+    if "ssl_ca_path" in given:
+        _require_path("ssl_ca_path", given["ssl_ca_path"])
+    try:
+        return ssl.create_default_context(
+            cafile=given.get("ssl_ca_certs"), capath=given.get("ssl_ca_path"), cadata=given.get("ssl_ca_data")
+        )
+    except (ssl.SSLError, TypeError, ValueError) as error:
+        which = " or ".join(name if name == "ssl_ca_data" else f"{name} ({given[name]!r})" for name in given)
+        raise ValueError(f"{which} of a Redis host holds no certificates in PEM: {error}") from error
+
+
+def _load_own_certificate(context: ssl.SSLContext, options: dict[str, Any]) -> None:
+    """Have the client identify itself by the certificate that ``options`` names, if they do."""
+    files = {name: options[name] for name in ("ssl_certfile", "ssl_keyfile") if options.get(name)}
+    if "ssl_certfile" not in files:
+        if unused := [name for name in ("ssl_keyfile", "ssl_password") if options.get(name)]:
+            raise ValueError(f"{', '.join(unused)} of a Redis host needs ssl_certfile too, the certificate")
+        return
+    for name, path in files.items():
+        _require_path(name, path)
+    try:
+        # Not None for the password: OpenSSL would ask for it at the terminal.
+        context.load_cert_chain(files["ssl_certfile"], files.get("ssl_keyfile"), options.get("ssl_password") or "")
+    except (ssl.SSLError, TypeError, ValueError) as error:
+        which = " and ".join(f"{name} ({path!r})" for name, path in files.items())
+        rule = (
+            "a certificate and its private key in PEM (ssl_keyfile if the key is elsewhere, ssl_password if it has one)"
+        )
+        raise ValueError(f"{which} of a Redis host must hold {rule}: {error}") from error
+
+
+def _require_path(name: str, path: Any) -> None:
+    """Raise unless ``path``, the value of option ``name``, is there and can be read: OpenSSL does not say which file it was."""
+    try:
+        if name == "ssl_ca_path":
+            for directory in os.fsdecode(path).split(os.pathsep):
+                with os.scandir(directory):
+                    pass
+        else:
+            Path(os.fsdecode(path)).open("rb").close()
+    except OSError as error:
+        raise OSError(error.errno, f"{name} of a Redis host cannot be read: {error.strerror}", path) from error
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} of a Redis host must be a path, not {path!r}") from error

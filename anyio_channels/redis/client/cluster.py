@@ -26,7 +26,7 @@ from redis.crc import key_slot
 from . import replies
 from .address import Address, Host, SentinelAddress, parse_hosts
 from .at_each import try_each
-from .errors import MAY_SEND_AGAIN, Unreachable, to_error
+from .errors import MAY_SEND_AGAIN, NO_SENTINELS, Unreachable, is_refusal, to_error
 from .link import Call, Link, LinkEvents, Script, Timeouts
 from .protocol import Argument, Done, Parse, Request
 from .router import Router
@@ -127,7 +127,7 @@ class Cluster(Router):
         super().__init__(addresses)
         for address in addresses:
             if isinstance(address, SentinelAddress):
-                raise ValueError("a Redis Cluster needs no sentinels: hosts names some of its nodes")  # noqa: TRY004
+                raise ValueError(NO_SENTINELS)  # noqa: TRY004
             if address.path is not None:
                 raise ValueError(f"a node of a Redis Cluster is reached by host and port, not at {address.path!r}")
             if address.db:
@@ -150,14 +150,14 @@ class Cluster(Router):
 
     async def _find_links(self) -> None:
         """Ask the first nodes who owns what."""
-        error: Exception = Unreachable(f"{self.name} did not answer in time")
+        error: Exception = Unreachable(f"{self.name} did not answer in time{self.servers[0].advice(TimeoutError())}")
         with move_on_after(self._timeouts.connect_timeout):
             while not self.links:
                 try:
                     self._apply(*await self._ask_first())
                 except redis.exceptions.RedisError as caught:
                     error = caught
-                    if isinstance(caught, redis.exceptions.ResponseError | redis.exceptions.AuthenticationError):
+                    if isinstance(caught, redis.exceptions.ResponseError) or is_refusal(caught):
                         break  # a wrong password, or no cluster
                     await sleep(_PAUSE)
         if not self.links:

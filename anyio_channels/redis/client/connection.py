@@ -62,6 +62,8 @@ class Connection:
         """The server's version, once the handshake told it."""
         self.is_primary: bool = True
         """Whether the server said in the handshake that it takes writes."""
+        self.in_cluster: bool = False
+        """Whether the server said in the handshake that it is a node of a cluster."""
         self.commands: int = 0
         """How many commands were submitted."""
         self._protocol = RespProtocol(server)

@@ -27,11 +27,18 @@ import redis.exceptions
 from anyio import CancelScope, Event, create_task_group, fail_after, move_on_after
 from redis.backoff import ExponentialWithJitterBackoff
 
-from anyio_channels.log import CONNECTION_FAILED, CONNECTION_LOST, CONNECTION_RESTORED, Troubles, said
+from anyio_channels.log import (
+    CONNECTION_FAILED,
+    CONNECTION_LOST,
+    CONNECTION_REFUSED,
+    CONNECTION_RESTORED,
+    Troubles,
+    said,
+)
 
 from . import replies
 from .connection import Connection, reply_to
-from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, is_refusal
+from .errors import ConnectionLost, ConnectionTimeout, LinkRetired, NotRESP3, is_refusal, says_nothing
 from .protocol import Argument, Done, Parse, Request
 from .server import Server
 
@@ -380,12 +387,13 @@ class Link:
     def _fail(self, error: Exception) -> None:
         """It did not come up."""
         if self.error is None:
-            CONNECTION_FAILED.write(server=self.name, error=_reason(error))
+            event = CONNECTION_REFUSED if is_refusal(error) else CONNECTION_FAILED
+            event.write(server=self.name, error=self._why(error))
             self._is_told = True
         elif self._troubles.look():
             self._is_told = True
-        if _says_nothing(error) and self.error is not None:  # why an earlier try failed says more
-            error.__cause__ = self.error.__cause__ if _says_nothing(self.error) else self.error
+        if says_nothing(error) and self.error is not None:  # why an earlier try failed says more
+            error.__cause__ = self.error.__cause__ if says_nothing(self.error) else self.error
         self.error = error
         self.refused = is_refusal(error)
         if self.refused:
@@ -402,22 +410,27 @@ class Link:
     def down_error(self) -> ConnectionLost | redis.exceptions.RedisError:
         """Return the error that says why there is no connection."""
         error = self.error
-        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.ResponseError):
-            return type(error)(_reason(error))
+        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.ResponseError | NotRESP3):
+            refusal = type(error)(_reason(error))
+            refusal.__cause__ = error
+            return refusal
         kind = ConnectionTimeout if isinstance(error, TimeoutError) or error is None else ConnectionLost
-        lost = kind(f"{self.name} cannot be reached: {_reason(error)}", may_have_run=False)
+        lost = kind(f"{self.name} cannot be reached: {self._why(error)}", may_have_run=False)
         lost.__cause__ = error
         return lost
 
-
-def _says_nothing(error: BaseException) -> bool:
-    return isinstance(error, TimeoutError) and not str(error)
+    def _why(self, error: BaseException | None) -> str:
+        """Return why it is not up, and if it never was, what to do."""
+        reason = _reason(error).removeprefix(f"{self.name}: ")
+        if reason.startswith(f"{self.name} "):
+            reason = f"it{reason[len(self.name) :]}"
+        return reason + ("" if self.connects else self.server.advice(error or TimeoutError()))
 
 
 def _reason(error: BaseException | None) -> str:
-    if error is None or _says_nothing(error):
+    if error is None or says_nothing(error):
         before = None if error is None else error.__cause__
         return "it did not answer in time" + ("" if before is None else f"; before that: {_reason(before)}")
     if isinstance(error, ConnectionLost):
-        return str(error.args[0]).rpartition(";")[0]
+        return error.why
     return said(error)

@@ -249,7 +249,7 @@ class RespProtocol:
         if is_error:
             if request.is_fence:
                 return None
-            request.error = to_error(str(reply), self.server)
+            request.error = to_error(str(reply), self.server, request.command)
         elif request.parse is None:
             request.reply = reply
         elif request.parse is int:  # the most frequent one, without a call

@@ -55,12 +55,12 @@ def seconds(reply: Any) -> float:
     return int(_of(bytes, whole_seconds)) + int(_of(bytes, microseconds)) / 1_000_000
 
 
-def greeting(reply: Any) -> tuple[tuple[int, ...], bool]:
-    """HELLO, in RESP3: the version, and whether it is a primary."""
+def greeting(reply: Any) -> tuple[tuple[int, ...], bool, bool]:
+    """HELLO, in RESP3: the version, whether it is a primary, and whether it is a node of a cluster."""
     if reply[b"proto"] != 3:  # noqa: PLR2004
         raise ValueError("not RESP3")
     version = tuple(int(part) for part in re.findall(r"\d+", text(reply[b"version"]))[:3])
-    return version, reply.get(b"role") == b"master"
+    return version, reply.get(b"role") == b"master", reply.get(b"mode") == b"cluster"
 
 
 def slot_ranges(reply: Any) -> list[SlotRange]:

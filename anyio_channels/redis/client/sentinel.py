@@ -22,7 +22,7 @@ from . import replies
 from .address import SentinelAddress
 from .at_each import try_each
 from .connection import Connection
-from .errors import Unreachable
+from .errors import NO_SENTINELS, Unreachable
 from .link import Link, LinkEvents, Timeouts
 from .server import Server
 
@@ -53,6 +53,11 @@ class Sentinels(Server):
         where = ", ".join(f"{one.address.host}:{one.address.port}" for one in self.servers)
         found = "" if place is None else f" at {place[0]}:{place[1]}"
         return f"Redis {self.master_name!r}{found} (Sentinel at {where})"
+
+    @property
+    def cluster_advice(self) -> str:
+        """What to do if the primary is a node of a cluster."""
+        return NO_SENTINELS
 
     async def connect(self) -> ByteStream:
         """Ask for the primary and open a stream to it."""

@@ -20,8 +20,17 @@ from anyio.abc import ByteStream
 from . import replies
 from .address import Address
 from .connection import Connection, reply_to
-from .errors import NOT_READY, Unreachable
-from .protocol import Parse
+from .errors import (
+    NOT_READY,
+    ClusterNodeError,
+    ConnectionLost,
+    HandshakeEndedError,
+    NotRESP3,
+    Unreachable,
+    not_resp3,
+    what_may_be_wrong,
+)
+from .protocol import Parse, Request
 
 _LIBRARY: Final = "anyio_channels"
 
@@ -55,7 +64,7 @@ class Server:
         except ValueError as error:
             raise OSError(f"its name cannot be used: {error}") from error
         except (EndOfStream, BrokenResourceError) as error:
-            raise OSError("the server ended the TLS handshake; is it a port for TLS?") from error
+            raise HandshakeEndedError("the server ended the TLS handshake") from error
 
     async def _credentials(self) -> tuple[str | None, str | None]:
         provider = self.address.credential_provider
@@ -81,32 +90,36 @@ class Server:
 
     async def log_in(self, connection: Connection) -> None:
         """Log in and agree on RESP3, and nothing else: all that a sentinel takes."""
-        await connection.execute(*await self._hello(), parse=replies.greeting)
+        hello = connection.submit(*await self._hello(), parse=replies.greeting, waits=True)
+        await self._greeting(connection, hello)
+
+    async def _greeting(self, connection: Connection, hello: Request) -> Any:
+        """Return what the server says of itself, or raise its refusal at once: its other answers do not matter then."""
+        try:
+            return await reply_to(hello)
+        except redis.exceptions.ResponseError as error:
+            why = not_resp3(error, str(error).removeprefix(f"{connection.server}: "))
+            if why is None:
+                raise
+            raise NotRESP3(f"{self.name} {why}") from error
 
     async def shake_hands(self, connection: Connection) -> float:
         """Log in, agree on RESP3, choose the database; return the server's time in seconds.
 
         Raises the server's refusal as an error of the ``redis`` package; ``BusyLoadingError`` while it loads its data.
         """
-        requests = [connection.submit(*await self._hello(), parse=replies.greeting)]
+        hello = connection.submit(*await self._hello(), parse=replies.greeting, waits=True)
         connection.submit("CLIENT", "SETINFO", "LIB-NAME", _LIBRARY)  # Redis 7.2; refusal does not matter
-        if self.address.db:
-            requests.append(connection.submit("SELECT", self.address.db))
+        select = connection.submit("SELECT", self.address.db) if self.address.db else hello
         ping = connection.submit("PING")  # refused while loading, when TIME is not
-        requests.append(connection.submit("TIME", parse=replies.seconds, waits=True))
-        with suppress(redis.exceptions.RedisError):  # told below, unless another one was refused first
-            await reply_to(requests[-1])
-        for request in requests:
-            try:
-                request.result()
-            except redis.exceptions.ResponseError as error:
-                if "unknown command" in str(error):
-                    raise Unreachable(f"{self.name} does not know HELLO: Redis 6.2 or newer is needed") from error
-                raise
+        time = connection.submit("TIME", parse=replies.seconds, waits=True)
+        connection.version, connection.is_primary, connection.in_cluster = await self._greeting(connection, hello)
+        with suppress(redis.exceptions.RedisError):  # told below, unless SELECT was refused
+            await reply_to(time)
+        select.result()
+        now: float = time.result()
         if isinstance(ping.error, NOT_READY):
             raise ping.error  # any other refusal, as MISCONF, is of PING and writes, not of all that is needed
-        connection.version, connection.is_primary = requests[0].reply
-        now: float = requests[-1].reply
         return now
 
     async def ask(self, *command: str, parse: Parse, timeout: float) -> Any:  # noqa: ASYNC109 - of its connection
@@ -114,22 +127,48 @@ class Server:
 
         Raises an error of the ``redis`` package.
         """
+        failure: redis.exceptions.RedisError | None = None
         try:
             with fail_after(timeout):
                 hello = await self._hello()
                 connection = Connection(await self.connect(), self.name, timeout=timeout)
                 async with create_task_group() as tasks:
                     tasks.start_soon(connection.run)
-                    login = connection.submit(*hello, parse=replies.greeting)
+                    login = connection.submit(*hello, parse=replies.greeting, waits=True)
                     request = connection.submit(*command, parse=parse, waits=True)
-                    with suppress(redis.exceptions.RedisError):  # told below, where no group wraps it
+                    try:
+                        await self._greeting(connection, login)
                         await reply_to(request)
+                    except redis.exceptions.RedisError as error:  # told below, where no group wraps it
+                        failure = error
                     tasks.cancel_scope.cancel()
         except OSError as error:
             why = str(error) or "it did not answer in time"
-            raise Unreachable(f"{self.name} cannot be reached: {why}") from error
-        login.result()
-        return request.result()
+            raise Unreachable(f"{self.name} cannot be reached: {why}{self.advice(error)}") from error
+        if failure is None:
+            return request.result()
+        if not (advice := self.advice(failure)):
+            raise failure
+        if isinstance(failure, ConnectionLost):
+            raise Unreachable(failure.why + advice) from failure
+        raise type(failure)(f"{failure}{advice}") from failure
+
+    def require_alone(self, connection: Connection) -> None:
+        """Raise ``ClusterNodeError`` if this server, on the other end of ``connection``, is a node of a cluster."""
+        if connection.in_cluster:
+            raise ClusterNodeError(f"{self.name} is a node of a cluster: {self.cluster_advice}")
+
+    @property
+    def cluster_advice(self) -> str:
+        """What to do if it is a node of a cluster."""
+        address = self.address
+        where = "host:port" if address.path is not None else self.name.removeprefix("Redis at ")
+        return f"use redis{'' if address.tls is None else 's'}+cluster://{where} or cluster=True"
+
+    def advice(self, error: BaseException) -> str:
+        """Return what to do about ``error``, with which a first connection ended, as the end of a text; it may be empty."""
+        found = what_may_be_wrong(error, tls=self.address.tls is not None)
+        return found and f"; {found}"
 
 
 def reasons(cause: BaseException) -> str:

@@ -161,7 +161,9 @@ class Session(LinkEvents):
         )
 
     async def restore(self, link: Link, connection: Connection) -> None:
-        """Make a new connection what the last one was."""
+        """Make a new connection what the last one was. Raises ``ClusterNodeError`` for a server that should stand alone."""
+        if not self._router.clustered:
+            link.server.require_alone(connection)
         self.senders.restore(link, connection)
         await self.subscriptions.restore(link, connection)
 
