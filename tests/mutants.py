@@ -681,14 +681,14 @@ MUTANTS: Final = (
         "        home.token = _NO_LOOP\n",
         "        pass\n",
         "the copy of an event loop in a fork does not use its parent's connections",
-        "tests/test_forks.py",
+        "tests/test_open_in_a_fork.py",
     ),
     Mutant(
         "local/home.py",
         "            if self._layer._is_foreign:",
         "            if False:",
         "a fork is told that it is one",
-        "tests/test_forks.py",
+        "tests/test_open_in_a_fork.py",
     ),
     Mutant(
         "redis/client/address.py",

@@ -548,7 +548,7 @@ It owns a task group there; nothing runs outside of it, and after the block no c
        test_redis_faults.py::test_a_bug_of_ours_is_told
 
 A process that is forked meanwhile opens a layer of its own; each call on its parent's is a `RuntimeError` that says so.
-    -> test_forks.py::test_a_fork_is_told_and_harms_nobody
+    -> test_open_in_a_fork.py::test_a_fork_is_told_and_harms_nobody
 
 a message that nobody reads yet / queue: `RedisChannelLayer`, `redis://`: waits in Redis until `expiry`
     -> test_interop.py::test_normal_channels

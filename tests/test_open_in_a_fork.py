@@ -115,20 +115,22 @@ async def test_in_a_fork(kind: Kind, redis_server: RedisServer) -> None:
     """The same, where it can be measured: closing does nothing, and there is no warning about a layer left open."""
     async with kind.layer_class([redis_server.url], prefix=new_prefix()) as layer:
         token, layer._opened_by = layer._home.token, os.getpid() + 1
-        home._disown()
-        await layer.close()
-        calls: list[Callable[[], Awaitable[Any]]] = [
-            lambda: layer.send("a", {}),
-            lambda: layer.receive("a"),
-            layer.__aenter__,
-        ]
-        for call in calls:
-            with (
-                fail_after(PATIENCE),
-                pytest.raises(RuntimeError, match=rf"process {os.getpid() + 1}, and this is a fork of it"),
-            ):
-                await call()
-        layer._home.token, layer._opened_by = token, os.getpid()
+        try:
+            home._disown()
+            await layer.close()
+            calls: list[Callable[[], Awaitable[Any]]] = [
+                lambda: layer.send("a", {}),
+                lambda: layer.receive("a"),
+                layer.__aenter__,
+            ]
+            for call in calls:
+                with (
+                    fail_after(PATIENCE),
+                    pytest.raises(RuntimeError, match=rf"process {os.getpid() + 1}, and this is a fork of it"),
+                ):
+                    await call()
+        finally:
+            layer._home.token, layer._opened_by = token, os.getpid()
         await layer.send("a", {})
 
 
