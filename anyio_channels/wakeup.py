@@ -186,7 +186,8 @@ def hold_interrupts() -> None:
         return
     for name, module in tuple(sys.modules.items()):
         package, _, rest = name.partition(".")
-        if package == _PACKAGE and rest.partition(".")[0] not in _NOT_OF_A_LAYER:
+        is_ours = package == _PACKAGE and rest.partition(".")[0] not in _NOT_OF_A_LAYER
+        if is_ours and isinstance(module, ModuleType):  # it is None if somebody forbade its import
             size = len(vars(module))
             if held.get(name) != size:  # it is new, or was being imported
                 for code in _codes_of(module, name):
