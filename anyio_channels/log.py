@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import reprlib
 import sys
 import threading
@@ -24,7 +23,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
-from weakref import WeakSet
+
+from .forks import in_each_child
 
 __all__ = ["EVENTS", "PREFIX", "LogEvent", "Troubles", "said", "shown"]
 
@@ -111,11 +111,14 @@ class Troubles:
         self._clock = clock
         self._quiet_for = quiet_for
         self._owner = owner
-        self.lock: threading.Lock = threading.Lock()
-        _troubles.add(self)
+        self._renew_lock()
+        in_each_child(self, Troubles._renew_lock)
         self._quiet: dict[tuple[str, str], _Quiet] = {}
         self.due: float = math.inf
         """When there may be something to tell that nobody has told (seconds of the clock)."""
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many subjects are remembered."""
@@ -126,7 +129,7 @@ class Troubles:
         key = (event.name, subject)
         now = self._clock()
         lines: list[_Line] = []
-        self.lock.acquire()  # cheaper than a with statement: each broadcast to full members comes here
+        self._lock.acquire()  # cheaper than a with statement: each broadcast to full members comes here
         try:
             quiet = self._quiet.get(key)
             if quiet is not None and now < self.due:
@@ -137,7 +140,7 @@ class Troubles:
             is_told = self._note(event, key, count, fields, now, lines)
             self._look(now, lines)
         finally:
-            self.lock.release()
+            self._lock.release()
         self._write(lines)
         return is_told
 
@@ -172,14 +175,14 @@ class Troubles:
         if now < self.due:
             return False
         lines: list[_Line] = []
-        with self.lock:
+        with self._lock:
             self._look(now, lines)
         self._write(lines)
         return bool(lines)
 
     def close(self) -> None:
         """Tell all that was not told, and forget it."""
-        with self.lock:
+        with self._lock:
             now = self._clock()
             lines = [_again(quiet, now) for quiet in self._quiet.values() if quiet.count]
             self._quiet.clear()
@@ -202,19 +205,6 @@ class Troubles:
     def _write(self, lines: list[_Line]) -> None:
         for event, text, fields in lines:
             event._log(text, {"layer": repr(self._owner), **fields})  # noqa: SLF001 - of this module
-
-
-_troubles: Final[WeakSet[Troubles]] = WeakSet()
-
-
-def _renew_locks() -> None:
-    """Let a forked child log: a thread that held a lock is not in the child, and never releases it."""
-    for troubles in _troubles:
-        troubles.lock = threading.Lock()
-
-
-with suppress(AttributeError):  # Windows has no fork
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _again(quiet: _Quiet, now: float) -> _Line:

@@ -103,15 +103,15 @@ MUTANTS: Final = (
     ),
     Mutant(
         "local/hub.py",
-        "    os.register_at_fork(after_in_child=_begin_anew)",
-        "    os.register_at_fork(after_in_child=tuple)",
+        "            in_each_child(self, Hub._begin_anew)\n",
+        "            pass\n",
         "a fork has an empty layer in memory",
         "tests/test_forks.py",
     ),
     Mutant(
         "local/waiting.py",
-        "    os.register_at_fork(after_in_child=_renew_locks)",
-        "    pass",
+        "        in_each_child(self, Mailroom._renew_lock)\n",
+        "",
         "a fork may look at a layer whose lock a thread held",
         "tests/test_forks.py -k redis",
     ),
@@ -678,7 +678,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "local/home.py",
-        "        home.token = _NO_LOOP\n",
+        "        self.token = _NO_LOOP\n",
         "        pass\n",
         "the copy of an event loop in a fork does not use its parent's connections",
         "tests/test_open_in_a_fork.py",

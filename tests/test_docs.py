@@ -39,8 +39,8 @@ BUILT = {
 }
 """The tests of pages that build a project."""
 INTERNAL = {
-    "cli", "contract", "demo", "doctor", "exceptions", "layers", "local", "log", "memory", "portal", "redis", "registry",
-    "wakeup",
+    "cli", "contract", "demo", "doctor", "exceptions", "forks", "layers", "local", "log", "memory", "portal", "redis",
+    "registry", "wakeup",
 }  # fmt: skip
 """Modules that hold nothing public but what can be imported from the package itself."""
 PUBLIC = [

@@ -15,7 +15,6 @@ from layers_on_redis import PATIENCE, Kind, both, new_prefix
 from redis_server import RedisServer
 
 from anyio_channels import InMemoryChannelLayer
-from anyio_channels.local import home
 
 SCRIPT = """
 import os, sys, traceback
@@ -114,7 +113,7 @@ async def test_in_a_fork(kind: Kind, redis_server: RedisServer) -> None:
     async with kind.layer_class([redis_server.url], prefix=new_prefix()) as layer:
         token, layer._opened_by = layer._home.token, os.getpid() + 1
         try:
-            home._disown()
+            layer._home._disown()
             await layer.close()
             calls: list[Callable[[], Awaitable[Any]]] = [
                 lambda: layer.send("a", {}),

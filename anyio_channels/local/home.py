@@ -11,12 +11,10 @@ Rules:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Final, TypeVar
-from weakref import WeakSet
 
 from anyio import TASK_STATUS_IGNORED, CancelScope, ClosedResourceError, Event, create_task_group
 from anyio.abc import TaskGroup, TaskStatus
@@ -24,22 +22,13 @@ from anyio.lowlevel import current_token
 
 from anyio_channels.contract.layer import BaseChannelLayer, Life
 from anyio_channels.exceptions import in_a_fork
+from anyio_channels.forks import in_each_child
 from anyio_channels.wakeup import hold_interrupts, thread
 
 __all__ = ["AtHome", "Home"]
 
 T = TypeVar("T")
-_opened: Final[WeakSet[Home]] = WeakSet()
-
-
-def _disown() -> None:
-    """In a fork: no event loop is that of a layer which was open before, not even the one that goes on here."""
-    for home in _opened:
-        home.token = _NO_LOOP
-
-
 _NO_LOOP: Final = object()
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_disown)  # not on Windows, which does not fork
 
 
 class Home:
@@ -65,7 +54,7 @@ class Home:
         hold_interrupts()
         self.token = current_token().native_token
         self.thread = get_ident()
-        _opened.add(self)
+        in_each_child(self, Home._disown)
         self._scope, self._ended = CancelScope(), Event()
         self._layer._life = Life.OPENING  # noqa: SLF001 - it is ours to lead
         tasks = self._tasks = create_task_group()
@@ -87,6 +76,10 @@ class Home:
                 await run(task_status=task_status)
         finally:
             self._ended.set()
+
+    def _disown(self) -> None:
+        """In a fork no event loop is that of the layer, not even the one that goes on here."""
+        self.token = _NO_LOOP
 
     async def stop(self) -> None:
         """End the task and wait for its end. The caller shields this."""

@@ -14,17 +14,14 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from functools import partial
 from sys import modules
 from threading import get_ident
-from typing import Any, Final
-from weakref import WeakValueDictionary
+from typing import Any
 
 from anyio import CancelScope, ClosedResourceError
 
@@ -33,6 +30,7 @@ from anyio_channels.contract.message import EXCLUDE_KEY, Codec
 from anyio_channels.contract.names import new_process
 from anyio_channels.contract.options import require_clock, require_seconds
 from anyio_channels.exceptions import ChannelFull
+from anyio_channels.forks import in_each_child
 from anyio_channels.log import CHANNEL_ENDED, Troubles
 from anyio_channels.wakeup import CANCELLED, held, hold_interrupts, thread
 
@@ -82,7 +80,7 @@ class Hub(AtHome):
         self._troubles = Troubles(clock, self.expiry, self)
         self._reset()
         if transport is None:
-            _in_memory[id(self)] = self  # a subclass may not be hashable
+            in_each_child(self, Hub._begin_anew)
 
     def __repr__(self) -> str:
         """Show the options that tell one layer from another."""
@@ -482,16 +480,3 @@ class Hub(AtHome):
         self._require_open()
         self.require_valid_group_name(group)
         await self._join(group, channel)
-
-
-_in_memory: Final[WeakValueDictionary[int, Hub]] = WeakValueDictionary()
-"""The layers of one process."""
-
-
-def _begin_anew() -> None:
-    for layer in tuple(_in_memory.values()):
-        layer._begin_anew()  # noqa: SLF001 - of this module
-
-
-with suppress(AttributeError):  # Windows has no fork
-    os.register_at_fork(after_in_child=_begin_anew)

@@ -14,16 +14,14 @@ Rules:
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Protocol
-from weakref import WeakSet
 
+from anyio_channels.forks import in_each_child
 from anyio_channels.wakeup import Ringable, thread
 
 from .expiry import ExpiryIndex
@@ -152,7 +150,10 @@ class Mailroom:
         self.books: Books = Books()
         self.index: ExpiryIndex = ExpiryIndex()
         self.abandoned: deque[Waiter] = deque()
-        _mailrooms.add(self)
+        in_each_child(self, Mailroom._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self.lock = threading.Lock()
 
     def __enter__(self) -> None:
         """Take the lock."""
@@ -197,16 +198,3 @@ class Mailroom:
                 waiter.bell.set()
             elif not waiter.ring_from_elsewhere():
                 self.abandoned.append(waiter)
-
-
-_mailrooms: Final[WeakSet[Mailroom]] = WeakSet()
-
-
-def _renew_locks() -> None:
-    """Let a forked child read what is here: a thread that held a lock is not in the child, and never releases it."""
-    for mailroom in _mailrooms:
-        mailroom.lock = threading.Lock()
-
-
-with suppress(AttributeError):  # Windows has no fork
-    os.register_at_fork(after_in_child=_renew_locks)
