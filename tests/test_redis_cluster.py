@@ -878,7 +878,11 @@ def times_asked(cluster: RedisCluster) -> int:
 @pytest.mark.anyio
 async def test_subscribing_at_odd_moments(cluster: RedisCluster, caplog: pytest.LogCaptureFixture) -> None:
     """The connection is lost with a request on its way; pushes of another kind; a slot that nobody serves for long."""
-    async with make(PUBSUB, cluster.hosts, timeout=0.3) as layer, create_task_group() as tg:
+    async with (
+        make(PUBSUB, cluster.hosts) as sender,
+        make(PUBSUB, cluster.hosts, prefix=sender.prefix, timeout=0.3) as layer,
+        create_task_group() as tg,
+    ):
         tg.start_soon(layer.receive, "work")
         await until(lambda: hears(layer, "work"))
         events(layer).on_push(layer.options.router.links[0], [b"invalidate", None])
@@ -905,7 +909,7 @@ async def test_subscribing_at_odd_moments(cluster: RedisCluster, caplog: pytest.
         for node in cluster.nodes[:3]:
             cluster.ask(node, "SETSLOT", slot, "NODE", cluster.ask(owner, "MYID"))
         await until(lambda: hears(layer, "nobody"))
-        await layer.send("nobody", {"n": 1})
+        await sender.send("nobody", {"n": 1})
         await until(lambda: got == [{"n": 1}])
         tg.cancel_scope.cancel()
 

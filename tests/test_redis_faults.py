@@ -855,7 +855,7 @@ async def calls_to_close(kind: Kind, server: RedisServer, count: int) -> int:
         nonlocal calls
         calls += event == "call" and frame.f_code.co_filename.startswith(package)
 
-    async with make(kind, server.url, timeout=0.2) as layer:
+    async with make(kind, server.url) as layer:
         inboxes = [layer.subscribe(f"room{number % 10}") for number in range(count)]
         for inbox in inboxes:
             await inbox.__aenter__()
@@ -870,7 +870,7 @@ async def calls_to_close(kind: Kind, server: RedisServer, count: int) -> int:
         finally:
             sys.setprofile(None)
         assert layer.statistics().members == 0
-    await to_thread.run_sync(server.start)
+        await to_thread.run_sync(server.start)
     return calls
 
 

@@ -187,7 +187,11 @@ async def test_fetching_waits_through_a_script(server: RedisServer, caplog: pyte
 
 async def test_subscribing_waits_through_a_refusal(server: RedisServer) -> None:
     """A reader that comes while Redis is busy waits, as in any outage, and has its message when that is over."""
-    async with make(PUBSUB, server, timeout=0.2) as layer, create_task_group() as tg:
+    async with (
+        make(PUBSUB, server) as sender,
+        make(PUBSUB, server, prefix=sender.prefix, timeout=0.2) as layer,
+        create_task_group() as tg,
+    ):
         got: list[Any] = []
 
         async def read(channel: str) -> None:
@@ -200,7 +204,7 @@ async def test_subscribing_waits_through_a_refusal(server: RedisServer) -> None:
             tg.start_soon(read, "b")
         await until(lambda: hears(layer, "a") and hears(layer, "b"))
         for channel in ("a", "b"):
-            await layer.send(channel, {"to": channel})
+            await sender.send(channel, {"to": channel})
         await until(lambda: len(got) == 2)
 
 
