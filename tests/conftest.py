@@ -6,6 +6,7 @@ import gc
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,13 @@ def layer(clock: Clock) -> InMemoryChannelLayer:
 def here(layer: Hub) -> Directory:
     """Return the channels and groups that a layer holds in this process, for what statistics() does not count."""
     return layer._here
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of the test's own, to be counted, filled up, put in trouble and killed."""
+    with RedisServer(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

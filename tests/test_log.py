@@ -65,13 +65,6 @@ def lines() -> Iterator[Lines]:
         assert SECRET not in record.getMessage() + repr(record.__dict__)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis of one's own, to be disturbed."""
-    with RedisServer(tmp_path) as server:
-        yield server
-
-
 # The documentation
 
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -48,13 +48,6 @@ from anyio_channels.redis.queue import room
 from anyio_channels.redis.wire import Names
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be killed, paused and emptied."""
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 def make(kind: Kind, url: str, **options: Any) -> Any:

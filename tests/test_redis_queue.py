@@ -10,7 +10,6 @@ import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,19 +34,12 @@ from ormsgpack import packb
 from redis_server import Proxy, RedisCluster, RedisServer
 
 from anyio_channels import ChannelFull, RedisChannelLayer
-from anyio_channels.redis.client import Request
+from anyio_channels.redis.client import Link, Request
 from anyio_channels.redis.client.connection import reply_to
 from anyio_channels.redis.wire import Names
 from anyio_channels.wakeup import thread
 
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be paused, filled up and killed."""
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 @pytest.fixture
@@ -269,6 +261,16 @@ async def test_a_cancelled_broadcast_in_a_cluster_that_happened_is_counted(
         await cancel_a_broadcast(layer, quiet_cluster.nodes[:3], lost)
 
 
+async def broadcast_and_cancel(layer: RedisChannelLayer, owner: Link, server: RedisServer, *, lost: bool) -> None:
+    """Cancel a broadcast that waits for ``owner`` to run it; then its connection is lost, or it is run."""
+    async with writes_paused(server):
+        async with begun(layer, partial(layer.group_send, "room", {"n": 1})):
+            await until(lambda: owner.connection is not None and owner.connection.pending)
+            await until_sent(layer)
+        if lost:
+            await cut_off(layer, server)
+
+
 async def cancel_a_broadcast(layer: RedisChannelLayer, servers: list[RedisServer], lost: bool) -> None:
     asked = link_to_group(layer, "room")
     owner = next(link for link in layer.options.router.links if link is not asked)
@@ -277,12 +279,7 @@ async def cancel_a_broadcast(layer: RedisChannelLayer, servers: list[RedisServer
     for channel in (full, free):
         await layer.group_add("room", channel)
     await layer.send(full, {"n": 0})
-    async with writes_paused(server):
-        async with begun(layer, partial(layer.group_send, "room", {"n": 1})):
-            await until(lambda: owner.connection is not None and owner.connection.pending)
-            await until_sent(layer)
-        if lost:
-            await cut_off(layer, server)
+    await broadcast_and_cancel(layer, owner, server, lost=lost)
     await until_answered(layer)
     statistics = layer.statistics()
     assert (statistics.sent, statistics.dropped_full) == ((1, 0) if lost else (3, 1))
@@ -422,12 +419,7 @@ async def test_a_cancelled_broadcast_in_pieces(two_servers: list[RedisServer], l
         names = [name for name in (f"user.{n}" for n in range(6000)) if link_to_channel(layer, name) is owner][:2500]
         with other.client() as client:
             put_into_group(client, layer, names)
-        async with writes_paused(server):
-            async with begun(layer, partial(layer.group_send, "room", {"n": 1})):
-                await until(lambda: owner.connection is not None and owner.connection.pending)
-                await until_sent(layer)
-            if lost:
-                await cut_off(layer, server)
+        await broadcast_and_cancel(layer, owner, server, lost=lost)
         with fail_after(PATIENCE), server.client() as client:
             await until(lambda: lost or client.exists(key_of(layer, names[-1])))
             await until_answered(layer)

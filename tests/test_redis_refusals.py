@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ from anyio_channels.redis.wire import Names
 pytestmark = [pytest.mark.anyio, pytest.mark.two_loops]
 
 Trouble = Callable[[RedisServer], AbstractContextManager[None]]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be put in trouble."""
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 def make(kind: Kind, server: RedisServer, **options: Any) -> Any:

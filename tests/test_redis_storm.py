@@ -34,13 +34,6 @@ Place = tuple[str, int | None]
 """A channel, and the number of the worker that read it, where that matters."""
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own: its connections are counted, and no script is known there before."""
-    with RedisServer(tmp_path) as server:
-        yield server
-
-
 class Process:
     """A worker, from its first word on; it ends with the block."""
 

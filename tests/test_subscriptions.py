@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import redis.exceptions
@@ -44,13 +43,6 @@ class User(LinkEvents):
 
     def on_down(self, link: Link) -> None:
         self.subscriptions.lost(link)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to be put in trouble."""
-    with RedisServer(tmp_path) as server:
-        yield server
 
 
 @asynccontextmanager
