@@ -446,6 +446,8 @@ async def broken_lifespan(_: object) -> AsyncIterator[None]:
 
 
 def starlette_app(backend: str, broken: bool = False) -> AsgiToWsgi:
+    sys.stdout.write("application made\n")
+    sys.stdout.flush()
     routes = [Route(path, view, methods=methods) for path, view, methods in VIEWS]
     app = Starlette(routes=routes, lifespan=broken_lifespan if broken else lifespan)
     return AsgiToWsgi(FragileAsync(app), backend)

@@ -651,6 +651,7 @@ def test_lifespan_of_a_process_without_requests(start: Callable[..., Server]) ->
     """gunicorn's workers start the application with their first request: without one there is nothing to end."""
     server = start(Kind("starlette", "gunicorn"))
     answer = server.ask("/echo/x").json
+    server.await_said("(?s)(application made.*){2}")  # before that, a worker may not know SIGTERM yet
     server.stop()
     assert server.heard[0] == f"startup {answer['started']}"
     assert server.heard == [f"startup {answer['started']}", f"shutdown {answer['started']}"]
