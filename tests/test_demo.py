@@ -858,7 +858,7 @@ def test_what_is_not_confirmed_comes_back(open_tab: Callable[..., Tab]) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["redis", "redis+pubsub"])
+@pytest.mark.parametrize("scheme", [pytest.param("redis", marks=pytest.mark.slow), "redis+pubsub"])
 def test_the_page_while_redis_is_away(scheme: str, open_tab: Callable[..., Tab], tmp_path: Path) -> None:
     """What could not be sent comes back; who comes is told why he must wait; when Redis is back, the notice goes."""
     with RedisServer(tmp_path) as server:

@@ -104,7 +104,13 @@ for first in first_calls:
 """
 
 
-@pytest.mark.parametrize("before", [(), ("--async-first",)], ids=["first", "asyncio before"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param((), id="first"),
+        pytest.param(("--async-first",), id="asyncio before", marks=pytest.mark.slow),
+    ],
+)
 def test_the_first_call_on_trio(before: tuple[str, ...], tmp_path: Path) -> None:
     """Whatever a program calls first on trio, and wherever it imports trio, no lock is taken where Ctrl-C could be raised."""
     (tmp_path / "first.py").write_text(FIRST_CALLS)

@@ -62,8 +62,15 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [event for event in events if event[0].startswith("connection.")]
 
 
-@pytest.mark.parametrize("cluster", [False, True])
-@both
+@pytest.mark.diagonal(
+    ("kind", "cluster"),
+    [
+        pytest.param(kind, cluster, id=f"{kind.name}-{'cluster' if cluster else 'server'}")
+        for kind in (QUEUE, PUBSUB)
+        for cluster in (False, True)
+    ],
+    start=0,
+)
 async def test_a_port_for_tls(kind: Kind, cluster: bool, redis_server: RedisServer, certificates: Certificates) -> None:
     """A plain URL at a port for TLS."""
     async with TLSProxy(redis_server.host, redis_server.port, certificates) as proxy:

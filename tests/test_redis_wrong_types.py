@@ -189,19 +189,25 @@ async def check(kind: Kind, server: RedisServer, about: str) -> None:
             tasks.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize(
-    "about",
-    [
+def each(*names: str) -> list[Any]:
+    """Cases for ``diagonal``: what is wrong with a reply does not depend on the event loop."""
+    return [pytest.param(name, id=name) for name in names]
+
+
+@pytest.mark.diagonal(
+    ("about",),
+    each(
         "HELLO", "TIME", "CLIENT ID", "PING", "SEND", "SEND_WAITING", "POP", "GROUP_ADD", "GROUP_MEMBERS", "GROUP_SEND", "TICK",
         "BZPOPMIN", "SCAN",
-    ],
+    ),
+    start=0,
 )  # fmt: skip
 async def test_the_queue_layer(about: str, redis_server: RedisServer) -> None:
     """Whatever command or script of the queue layer is answered so."""
     await check(QUEUE, redis_server, about)
 
 
-@pytest.mark.parametrize("about", ["HELLO", "TIME", "PING", "PUBLISH", "message"])
+@pytest.mark.diagonal(("about",), each("HELLO", "TIME", "PING", "PUBLISH", "message"), start=1)
 async def test_the_pubsub_layer(about: str, redis_server: RedisServer) -> None:
     """Whatever command of the pub/sub layer is answered so, or a message."""
     await check(PUBSUB, redis_server, about)
@@ -241,7 +247,7 @@ async def test_a_survey(kind: Kind, redis_server: RedisServer) -> None:
                             assert seen.error is None or str(liar.port) in seen.error
 
 
-@pytest.mark.parametrize("lie", WRONG)
+@pytest.mark.diagonal(("lie",), each(*WRONG), start=2)
 async def test_who_owns_what(lie: str, redis_server: RedisServer) -> None:
     """A cluster asked who owns what, and sentinels asked for the primary: opening fails, and the error names the server."""
     async with Liar(redis_server) as liar:
