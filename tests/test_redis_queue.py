@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import redis.exceptions
-from anyio import create_task_group, fail_after
+from anyio import create_task_group, fail_after, get_cancelled_exc_class
 from anyio.lowlevel import checkpoint
 from channels_redis.serializers import registry
 from layers_on_redis import (
@@ -429,6 +429,31 @@ async def test_a_cancelled_broadcast_in_pieces(two_servers: list[RedisServer], l
             )
         await until(lambda: layer.statistics().sent == found)
         assert found == (0 if lost else 2500)
+
+
+@pytest.mark.parametrize("natively", [False, True], ids=["scope", "task"])
+async def test_a_broadcast_cancelled_behind_its_first_piece(redis_server: RedisServer, natively: bool) -> None:
+    """Cancelled while it waits for the others, by a scope or by asyncio itself, it ends, and they are sent all the same."""
+    async with make(QUEUE, redis_server) as layer:
+        names = [f"user.{number}" for number in range(9000)]
+        with redis_server.client() as client:
+            put_into_group(client, layer, names)
+        with fail_after(PATIENCE):
+            if natively and get_cancelled_exc_class() is asyncio.CancelledError:
+                task = asyncio.ensure_future(layer.group_send("room", {"n": 1}))
+                await until(lambda: layer.statistics().sent >= 2000)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                async with create_task_group() as tg:
+                    tg.start_soon(layer.group_send, "room", {"n": 1})
+                    await until(lambda: layer.statistics().sent >= 2000)
+                    tg.cancel_scope.cancel()
+            assert layer.statistics().sent < 9000
+            await until(lambda: layer.statistics().sent == 9000)
+            assert await receive(layer, 1, names[-1]) == [1]
+        await layer.flush()
 
 
 # What is lost, and what comes twice
