@@ -7,7 +7,9 @@ moments of a busy layer. It prints as JSON how many runs there were and what was
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import logging
 import signal
 import sys
 import warnings
@@ -25,6 +27,8 @@ from conftest import LOOPS, here
 import anyio_channels
 from anyio_channels import ChannelFull, InMemoryChannelLayer, create_channel_layer
 
+PATIENCE = 60
+"""Seconds in which one run ends."""
 PACKAGE = str(Path(anyio_channels.__file__).parent)
 
 
@@ -146,17 +150,25 @@ def run_storm(loop: str, seconds: float, url: str | None, prefix: str) -> list[s
     """Interrupt a busy layer so many seconds after its start, and return what was wrong."""
     layer = InMemoryChannelLayer() if url is None else create_channel_layer(url, prefix=prefix)
     backend, options = LOOPS[loop]
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # Again later, for the first may be lost where Python swallows exceptions, as in a callback of the garbage collector.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 2)
-    error = interrupted(lambda: anyio.run(storm, layer, backend=backend, backend_options=options))
+
+    def begin() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # Again later, for the first may be lost where Python swallows exceptions, as in a callback of the garbage collector.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 2)
+        try:
+            anyio.run(storm, layer, backend=backend, backend_options=options)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    error = interrupted(begin)
     signal.setitimer(signal.ITIMER_REAL, 0)
     waiting = layer.statistics().waiting_receivers
     return ([] if error is None else [repr(error)]) + ([f"{waiting} wait"] if waiting else [])
 
 
 def interrupted(call: Callable[[], object]) -> BaseException | None:
-    """Call it, and return what it raised besides ``KeyboardInterrupt``."""
+    """Call it, and return what it raised besides ``KeyboardInterrupt``. If it hangs, say where, and end the process."""
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     try:
         call()
     except KeyboardInterrupt:
@@ -221,6 +233,7 @@ def main() -> None:
     url, prefix = where or (None, "")
     most = int(count)
     if unit == "timer":
+        logging.getLogger("anyio_channels").addHandler(logging.NullHandler())  # mailboxes are full now and then
         warnings.simplefilter("ignore")  # it may strike in this file or in anyio, which then leave coroutines behind
         random = Random(1)
         wrong = [one for _ in range(most) for one in run_storm(loop, random.uniform(0.005, 0.04), url, prefix)]
