@@ -305,7 +305,9 @@ Ctrl-C / the rule: on trio, `KeyboardInterrupt` is raised within a call only whe
 cancellation there. On asyncio, under `asyncio.run()` or `anyio.run()`, the first Ctrl-C cancels the main task. Either
 way no lock stays held, what is said of cancelled calls holds, and the layer closes in order. Not covered: a second
 Ctrl-C on asyncio, asyncio without such a runner, and calls in a main thread that runs no event loop. There Python
-raises it between any two instructions, and a layer that was interrupted in a call may hang
+raises it between any two instructions, and a layer that was interrupted in a call may hang. One instant is not
+covered on trio either: between two steps of a layer's own task on Redis. Then that layer ends as by a bug of ours, and
+calls get a `redis.ConnectionError`
     -> test_interrupts.py::test_interrupted_in_memory
        test_interrupts.py::test_interrupted_on_redis
        test_interrupts.py::test_interrupted_while_busy
